@@ -1,0 +1,200 @@
+"""The truth that every kernel of this project is judged against.
+
+Plain PyTorch, slow on purpose, exact in float64. Nothing here is tiled, fused or clever; the
+docstrings are the contract, and a kernel that disagrees with them is wrong.
+
+Shapes: ``B`` batch, ``T`` tokens, ``N`` bags (padded per text), ``P`` patches, ``D`` feature size,
+``Nt`` and ``Ni`` numbers of texts and images, ``K`` candidates per text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+MASK_MODES = ("exclude", "zero")
+DIRECTIONS = ("both", "text_to_image", "image_to_text")
+REDUCTIONS = ("sum", "mean")
+MATCHERS = ("leftmost_longest", "original", "backward_max")
+
+
+class MaxSimScores(NamedTuple):
+    """Scores of both directions, and which token won each maximum.
+
+    ``text_to_image`` is ``[Nt, Ni]`` and ``image_to_text`` is ``[Ni, Nt]``; the candidate form gives
+    ``[Nt, K]`` for both, the pair form ``[B]``. ``text_argmax`` ``[Nt, Ni, N]`` is the patch that each
+    bag chose and ``image_argmax`` ``[Ni, Nt, P]`` the bag that each patch chose (candidate form
+    ``[Nt, K, N]`` and ``[Nt, K, P]``, pair form ``[B, N]`` and ``[B, P]``), int32, -1 where there is
+    none. A field that was not asked for is None.
+    """
+
+    text_to_image: Tensor | None
+    image_to_text: Tensor | None
+    text_argmax: Tensor | None = None
+    image_argmax: Tensor | None = None
+
+
+class TopK(NamedTuple):
+    """The ``k`` best per row: ``scores [rows, k]`` falling, ``indices [rows, k]`` int64."""
+
+    scores: Tensor
+    indices: Tensor
+
+
+def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 stays float64; every narrower float accumulates in float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def bag_pool(hidden_states: Tensor, offsets: Tensor) -> Tensor:
+    """Sum the token rows of each bag.
+
+    ``hidden_states [B, T, D]`` and ``offsets [B, N + 1]`` give ``[B, N, D]`` in the dtype of
+    ``hidden_states``: bag ``n`` of row ``b`` is the sum of tokens ``offsets[b, n]`` up to but not
+    including ``offsets[b, n + 1]``, added in token order in at least float32. An empty bag is a zero
+    vector. NaN and Inf in a token reach its own bag and no other.
+    """
+    batch, _, width = hidden_states.shape
+    n_bags = offsets.shape[1] - 1
+    wide = hidden_states.to(accumulation_dtype(hidden_states.dtype))
+    pooled = wide.new_zeros(batch, n_bags, width)
+    for row, bounds in enumerate(offsets.tolist()):
+        for bag in range(n_bags):
+            pooled[row, bag] = wide[row, bounds[bag] : bounds[bag + 1]].sum(dim=0)
+    return pooled.to(hidden_states.dtype)
+
+
+def l2_normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
+    """Divide each vector of the last axis by its Euclidean norm, clamped from below at ``eps``.
+
+    The norm itself is clamped, not its square, as ``torch.nn.functional.normalize`` does; a zero
+    vector therefore stays zero. Computed in at least float32, returned in the dtype of ``x``.
+    """
+    wide = x.to(accumulation_dtype(x.dtype))
+    norm = wide.square().sum(dim=-1, keepdim=True).sqrt()
+    return (wide / norm.clamp_min(eps)).to(x.dtype)
+
+
+def _directed(
+    similarity: Tensor, own: Tensor, other: Tensor, mask_mode: str, reduction: str
+) -> tuple[Tensor, Tensor]:
+    """Max over the last axis, then sum or mean over the one before it.
+
+    ``similarity [..., Q, C]``; ``own [..., Q]`` and ``other [..., C]`` are True where a token counts.
+    """
+    fill = float("-inf") if mask_mode == "exclude" else 0.0
+    masked = similarity.masked_fill(~other[..., None, :], fill)
+    any_other = other.any(dim=-1)
+    if similarity.shape[-1] == 0 or similarity.shape[-2] == 0:
+        shape = similarity.shape[:-1]
+        return similarity.new_zeros(shape[:-1]), similarity.new_full(shape, -1, dtype=torch.int32)
+    best, index = masked.max(dim=-1)
+    valid = own & any_other[..., None]
+    # where, not multiplication: a masked token's NaN must not survive as NaN * 0
+    total = torch.where(valid, best, torch.zeros_like(best)).sum(dim=-1)
+    if reduction == "mean":
+        total = total / own.sum(dim=-1).clamp_min(1).to(total.dtype)
+    return total, torch.where(valid, index, -1).to(torch.int32)
+
+
+def _ones(features: Tensor, mask: Tensor | None) -> Tensor:
+    if mask is None:
+        return torch.ones(features.shape[:-1], dtype=torch.bool, device=features.device)
+    return mask.to(torch.bool)
+
+
+def _score(text, image, text_mask, image_mask, mask_mode, reduction):
+    """Broadcast form: ``text [..., N, D]``, ``image [..., P, D]`` with equal or broadcastable lead."""
+    dtype = accumulation_dtype(text.dtype)
+    zero = torch.zeros((), dtype=dtype, device=text.device)
+    text = torch.where(text_mask[..., None], text.to(dtype), zero)
+    image = torch.where(image_mask[..., None], image.to(dtype), zero)
+    similarity = text @ image.transpose(-1, -2)
+    lead = similarity.shape[:-2]
+    text_mask = text_mask.expand(*lead, text_mask.shape[-1])
+    image_mask = image_mask.expand(*lead, image_mask.shape[-1])
+    t2i, text_argmax = _directed(similarity, text_mask, image_mask, mask_mode, reduction)
+    i2t, image_argmax = _directed(
+        similarity.transpose(-1, -2), image_mask, text_mask, mask_mode, reduction
+    )
+    return t2i, i2t, text_argmax, image_argmax
+
+
+def maxsim(
+    text: Tensor,
+    image: Tensor,
+    *,
+    text_mask: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    mask_mode: str = "exclude",
+    directions: str = "both",
+    reduction: str = "sum",
+    return_argmax: bool = False,
+) -> MaxSimScores:
+    """Late interaction of every text with every image, in both directions.
+
+    With ``S = text @ image.T`` per pair, ``text_to_image`` sums over bags the maximum over patches,
+    ``image_to_text`` sums over patches the maximum over bags.
+
+    - ``text [Nt, N, D]``, ``image [Ni, P, D]`` (all pairs) or ``[Nt, K, P, D]`` (candidates of each
+      text, with ``image_mask [Nt, K, P]``); masks are True where a token counts.
+    - ``exclude``: a masked token never wins a maximum and adds nothing to a sum.
+    - ``zero``: a masked token is a zero vector: it competes with similarity 0 and adds nothing.
+      What a masked token holds is never read, in either mode; a NaN there has no effect.
+    - A masked token's own argmax is -1. If the other side is wholly masked or has no tokens, the
+      maxima are 0, their argmax -1 and their gradient zero.
+    - ``mean`` divides a sum by the number of unmasked tokens that it runs over (at least 1).
+    - Ties go to the lowest index. NaN propagates as in ``torch.amax``: a maximum over values of
+      which one is NaN is NaN, and its argmax is the first NaN.
+    - Scores are float32, or float64 for float64 inputs, and so is everything accumulated.
+    """
+    keep = _ones(text, text_mask), _ones(image, image_mask)
+    if image.dim() == 4:
+        parts = _score(text[:, None], image, keep[0][:, None], keep[1], mask_mode, reduction)
+        t2i, i2t, text_argmax, image_argmax = parts
+    else:
+        parts = _score(
+            text[:, None], image[None], keep[0][:, None], keep[1][None], mask_mode, reduction
+        )
+        t2i, i2t, text_argmax, image_argmax = parts
+        i2t, image_argmax = i2t.transpose(0, 1), image_argmax.transpose(0, 1)
+    wants_text, wants_image = directions != "image_to_text", directions != "text_to_image"
+    return MaxSimScores(
+        t2i if wants_text else None,
+        i2t if wants_image else None,
+        text_argmax if return_argmax and wants_text else None,
+        image_argmax if return_argmax and wants_image else None,
+    )
+
+
+def maxsim_pairs(text: Tensor, image: Tensor, *, image_mask: Tensor | None = None, **options):
+    """Score text ``b`` with image ``b`` only: ``[B, N, D]`` and ``[B, P, D]`` give ``[B]``.
+
+    Exactly the candidate form of :func:`maxsim` with one candidate for each text.
+    """
+    mask = None if image_mask is None else image_mask[:, None]
+    scores = maxsim(text, image[:, None], image_mask=mask, **options)
+    return MaxSimScores(*(None if field is None else field[:, 0] for field in scores))
+
+
+def maxsim_topk(
+    text: Tensor,
+    image: Tensor,
+    k: int,
+    *,
+    direction: str = "text_to_image",
+    **options,
+) -> TopK:
+    """The ``k`` best images of each text (or texts of each image), best first.
+
+    Equal scores are ordered by the lower index, so that cutting the collection into shards never
+    changes an answer. NaN ranks above every number, as in ``torch.topk``: a broken feature is seen,
+    not hidden.
+    """
+    scores = getattr(maxsim(text, image, directions=direction, **options), direction)
+    # a stable descending sort keeps the lower index first among equals, and puts NaN first
+    values, order = torch.sort(scores, dim=1, descending=True, stable=True)
+    return TopK(values[:, :k], order[:, :k])
