@@ -283,10 +283,12 @@ class BagFormerForRetrieval(BagFormerModel):
     def cls_temperature(self) -> Tensor:
         """The temperature of the loss on CLS tokens, kept inside ``CLS_TEMPERATURE_RANGE``.
 
-        The parameter itself is moved, as a clamp in the graph would leave it without gradient.
+        The parameter itself is moved, as a clamp in the graph would leave it without gradient. (The
+        original's two baselines do not clamp.)
         """
-        with torch.no_grad():
-            self.temp.clamp_(*CLS_TEMPERATURE_RANGE)
+        if self.config.protocol == "corrected" or self.config.interaction == "bagwise":
+            with torch.no_grad():
+                self.temp.clamp_(*CLS_TEMPERATURE_RANGE)
         return self.temp
 
     def match_pairs(self, text_embeds: Tensor, text_attention_mask: Tensor, image_embeds: Tensor):
