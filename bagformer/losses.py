@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from bagformer.models._ops import maxsim
+from bagformer.ops.maxsim import maxsim
 from bagformer.reference import DIRECTIONS, MASK_MODES, REDUCTIONS
 
 # Where a learned temperature starts: sums over tokens are already large, means are not.
@@ -16,7 +16,7 @@ TEMPERATURE_RANGE = (0.01, 100.0)
 
 
 def check_positives(positives: Tensor, shape: tuple[int, int]) -> None:
-    """Raise ValueError unless ``positives`` is bool, of ``shape``, with a True in each row and column."""
+    """Raise ValueError unless ``positives`` is bool ``shape``, each row and column with a True."""
     if positives.dtype != torch.bool:
         raise ValueError(f"positives must be bool, got {positives.dtype}")
     if tuple(positives.shape) != tuple(shape):
@@ -140,9 +140,9 @@ class BagwiseContrastiveLoss(nn.Module):
     ) -> Tensor:
         """Scalar loss.
 
-        ``text [Nt, N, D]``, ``image [Ni, P, D]``, masks ``[Nt, N]`` and ``[Ni, P]`` (True = counts),
-        ``positives [Nt, Ni]`` bool (None: text b belongs to image b alone). Raises ValueError where
-        a text or an image has no positive, naming the row or column.
+        ``text [Nt, N, D]``, ``image [Ni, P, D]``, masks ``[Nt, N]`` and ``[Ni, P]`` (True =
+        counts), ``positives [Nt, Ni]`` bool (None: text b belongs to image b alone). Raises
+        ValueError where a text or an image has no positive, naming the row or column.
         """
         scores = maxsim(
             text,

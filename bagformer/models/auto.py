@@ -62,7 +62,9 @@ class _Content(dict):
         return super().__getitem__(key)
 
     def get(self, key: Any, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        if self._is_ours(key):
+            self._fill()
+        return super().get(key, default)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._all())

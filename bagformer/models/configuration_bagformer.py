@@ -151,7 +151,9 @@ class BagFormerConfig(PreTrainedConfig):
                 f"text_config.max_position_embeddings={positions}"
             )
         if self.fusion == "early" and self.interaction != "bagwise":
-            raise ValueError(f"fusion='early' needs interaction='bagwise', got {self.interaction!r}")
+            raise ValueError(
+                f"fusion='early' needs interaction='bagwise', got {self.interaction!r}"
+            )
         if not isinstance(self.cls_temperature, (int, float)) or self.cls_temperature <= 0:
             raise ValueError(f"cls_temperature must be above 0, got {self.cls_temperature!r}")
 

@@ -29,7 +29,7 @@ class MatchingOutput(NamedTuple):
 
 
 def _draw(weights: Tensor) -> Tensor:
-    # one draw per row: the same random stream as the original, so that its seeds still mean something
+    # one draw per row: the random stream of the original, so that its seeds still mean something
     if len(weights) == 0:
         return torch.empty(0, dtype=torch.long, device=weights.device)
     return torch.cat([torch.multinomial(row, 1) for row in weights])
@@ -59,13 +59,15 @@ def draw_negatives(positives: Tensor, similarity: Tensor | None = None) -> Negat
 
 
 def given_negatives(pairs: tuple[Tensor, Tensor], batch: int, device: torch.device) -> Negatives:
-    """Check ``(image_idx [B], text_idx [B])``: a wrong image for each text, a wrong text for each image."""
+    """Check ``image_idx [B]``, a wrong image for each text, and ``text_idx [B]``, the reverse."""
     every = torch.arange(batch, device=device)
     checked = []
     for name, index in zip(("image_idx", "text_idx"), pairs, strict=True):
         index = torch.as_tensor(index, device=device).long()
-        if index.shape != (batch,) or (batch and not 0 <= int(index.min()) <= int(index.max()) < batch):
-            raise ValueError(f"itm_negatives {name} must hold {batch} rows below {batch}, got {index}")
+        if index.shape != (batch,) or bool(((index < 0) | (index >= batch)).any()):
+            raise ValueError(
+                f"itm_negatives {name} must hold {batch} numbers below {batch}, got {index.tolist()}"
+            )
         checked.append(index)
     return Negatives(every, checked[0], every, checked[1])
 

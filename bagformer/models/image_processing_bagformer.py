@@ -17,13 +17,14 @@ RESAMPLING = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
 def to_pil(image: Any, name: str) -> Image.Image:
-    """A PIL image, a uint8 or uint16 array ``[H, W]``, ``[H, W, C]`` or a uint8 tensor ``[C, H, W]``."""
+    """From a PIL image, a uint8 array ``[H, W(, C)]``, uint16 ``[H, W]`` or a tensor ``[C, H, W]``."""
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, Tensor):
         if image.dtype != torch.uint8 or image.dim() != 3 or image.shape[0] not in (1, 3, 4):
             raise ValueError(
-                f"{name}: a tensor must be uint8 [1|3|4, H, W], got {image.dtype} {list(image.shape)}"
+                f"{name}: a tensor must be uint8 [1|3|4, H, W], "
+                f"got {image.dtype} {list(image.shape)}"
             )
         image = image.permute(1, 2, 0).cpu().numpy()
     if not isinstance(image, np.ndarray):
@@ -67,7 +68,7 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
 
 
 class BagFormerImageProcessor(BaseImageProcessor):
-    """Resize to exactly ``size`` (an int, or a dict with height and width), scale to [0, 1], normalise.
+    """Resize to exactly ``size`` (an int, or height and width), scale to [0, 1], normalise.
 
     ``resample``: nearest, bilinear, bicubic or lanczos.
     """

@@ -13,11 +13,13 @@ from transformers import initialization as init
 from transformers.utils import ModelOutput
 
 from bagformer.losses import BagwiseContrastiveLoss, multi_positive_cross_entropy
-from bagformer.models._ops import bag_pool, l2_normalize, maxsim
 from bagformer.models.configuration_bagformer import BagFormerConfig
 from bagformer.models.fusion import draw_negatives, given_negatives, match
 from bagformer.models.text import TextEncoder
 from bagformer.models.vision import VisionEncoder
+from bagformer.ops.bag_pool import bag_pool
+from bagformer.ops.l2_normalize import l2_normalize
+from bagformer.ops.maxsim import maxsim
 
 # Range of the learned temperature of the loss on CLS tokens.
 CLS_TEMPERATURE_RANGE = (0.05, 0.5)
@@ -90,7 +92,9 @@ class BagFormerPreTrainedModel(PreTrainedModel):
                 init.constant_(module.temp, self.config.cls_temperature)
         elif isinstance(module, BagwiseContrastiveLoss):
             module.reset_parameters()
-        elif module in (getattr(self, name, None) for name in ("vision_proj", "text_proj", "itm_head")):
+        elif module in (
+            getattr(self, name, None) for name in ("vision_proj", "text_proj", "itm_head")
+        ):
             init.kaiming_uniform_(module.weight, a=math.sqrt(5))
             bound = 1 / math.sqrt(module.in_features)
             init.uniform_(module.bias, -bound, bound)
@@ -176,9 +180,9 @@ class BagFormerModel(BagFormerPreTrainedModel):
     ) -> BagFormerTextOutput:
         """Encode texts.
 
-        ``input_ids [B, T]``, ``attention_mask [B, T]`` (None: all), and for the bag-wise interaction
-        ``bag_offsets [B, N + 1]`` with ``bag_mask [B, N]``. ``cls_token`` gives N = 1, ``tokenwise``
-        N = T. Under the protocol ``corrected`` an empty bag never counts.
+        ``input_ids [B, T]``, ``attention_mask [B, T]`` (None: all), and for the bag-wise
+        interaction ``bag_offsets [B, N + 1]`` with ``bag_mask [B, N]``. ``cls_token`` gives N = 1,
+        ``tokenwise`` N = T. Under the protocol ``corrected`` an empty bag never counts.
         """
         if input_ids.dim() != 2:
             raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
@@ -320,8 +324,8 @@ class BagFormerForRetrieval(BagFormerModel):
         """As :class:`BagFormerModel`, with losses if ``return_loss``.
 
         ``positives [B, B]`` bool: which images belong to which text (None: text b, image b).
-        ``itm_negatives``: a wrong image for each text and a wrong text for each image, ``[B]`` each;
-        None draws them. A batch of one has no negatives; its matching loss is that of the pair.
+        ``itm_negatives``: a wrong image for each text and a wrong text for each image, ``[B]``
+        each; None draws them. A batch of one has none; its matching loss is that of the pair.
         """
         output = super().forward(input_ids, attention_mask, bag_offsets, bag_mask, pixel_values)
         if return_loss:

@@ -15,10 +15,10 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.utils import cached_file
 
 from bagformer.bags import Bags, BagSegmenter
-from bagformer.models._ops import maxsim
 from bagformer.models.configuration_bagformer import PROTOCOL_DEFAULTS, BagFormerConfig
 from bagformer.models.image_processing_bagformer import BagFormerImageProcessor
 from bagformer.models.tokens import Encoded, clean, encode
+from bagformer.ops.maxsim import maxsim
 
 CONFIG_FILE = "processor_config.json"
 BAGS_FILE = "bags.bin"
@@ -30,9 +30,9 @@ _HUB = ("cache_dir", "force_download", "local_files_only", "token", "revision", 
 class Explanation(NamedTuple):
     """Which patch won for each bag, of text b with picture b.
 
-    ``heatmap [B, N, rows, columns]`` and ``cls [B, N]``: similarity of each bag with every patch and
-    with patch 0 (the CLS token). ``best [B, N]``: the winning index among all patches, 0 = CLS, -1
-    for a masked bag; ``position [B, N, 2]``: its row and column, -1 where ``best`` is below 1;
+    ``heatmap [B, N, rows, columns]`` and ``cls [B, N]``: similarity of each bag with every patch
+    and with patch 0 (the CLS token). ``best [B, N]``: the winner among all patches, 0 = CLS, -1 for
+    a masked bag; ``position [B, N, 2]``: its row and column, -1 where ``best`` is below 1;
     ``score [B, N]``: the similarity it won with, 0 for a masked bag.
     """
 
@@ -74,8 +74,8 @@ class BagFormerProcessor(ProcessorMixin):
     - ``max_text_length``: tokens of a text, special tokens included.
     - ``sep_token``: whether a text ends in [SEP].
 
-    Whether letters are lower-cased is the tokenizer's ``do_lower_case``; the dictionary went through
-    the same tokenizer, so both always agree.
+    Whether letters are lower-cased is the tokenizer's ``do_lower_case``; the dictionary went
+    through the same tokenizer, so both always agree.
     """
 
     def __init__(
@@ -107,8 +107,8 @@ class BagFormerProcessor(ProcessorMixin):
     ) -> BagFormerProcessor:
         """The processor that fits a model's configuration.
 
-        ``tokenizer``: a tokenizer, or what ``BertTokenizer.from_pretrained`` takes. ``dictionary``: a
-        file with one entity a line, or a segmenter; None makes every token a bag of its own.
+        ``tokenizer``: a tokenizer, or what ``BertTokenizer.from_pretrained`` takes. ``dictionary``:
+        a file with one entity a line, or a segmenter; None makes every token a bag of its own.
         """
         if isinstance(tokenizer, (str, Path)):
             tokenizer = BertTokenizer.from_pretrained(str(tokenizer))
@@ -139,8 +139,9 @@ class BagFormerProcessor(ProcessorMixin):
     ) -> BatchFeature:
         """Model inputs.
 
-        Texts give ``input_ids [B, T]`` and ``attention_mask [B, T]`` int64, ``bag_offsets [B, N + 1]``
-        int32 and ``bag_mask [B, N]`` bool; pictures give ``pixel_values [B, 3, H, W]`` float32.
+        Texts give ``input_ids [B, T]`` and ``attention_mask [B, T]`` int64, ``bag_offsets
+        [B, N + 1]`` int32 and ``bag_mask [B, N]`` bool; pictures give ``pixel_values [B, 3, H, W]``
+        float32.
         ``padding``: to ``max_length`` (default ``max_text_length``) or to the ``longest`` text.
         A text that is too long is cut, and ``return_truncated`` adds ``truncated [B]`` bool saying
         which were; ``truncation=False`` raises ValueError instead. An empty or blank text is its
@@ -243,8 +244,8 @@ class BagFormerProcessor(ProcessorMixin):
     ) -> Tensor:
         """Scores ``[queries, passages]``: for each bag the best patch, summed.
 
-        Embeddings are ``[n, length, D]`` or a list of ``[length, D]``; zero rows, as masked bags are,
-        add nothing. Computed in float32; ``output_dtype`` defaults to that of the embeddings.
+        Embeddings are ``[n, length, D]`` or a list of ``[length, D]``; zero rows, as masked bags
+        are, add nothing. Computed in float32; ``output_dtype`` defaults to that of the embeddings.
         """
         queries = _as_rows("query_embeddings", query_embeddings)
         passages = _as_rows("passage_embeddings", passage_embeddings)
@@ -280,8 +281,8 @@ class BagFormerProcessor(ProcessorMixin):
     ) -> Explanation:
         """Which patch won for each bag, of text b with picture b.
 
-        ``text_features [B, N, D]`` (or ``[N, D]``), ``image_features [B, P, D]`` (or ``[P, D]``) and
-        ``patch_grid`` as the model gives them, ``text_mask [B, N]``. See :class:`Explanation`.
+        ``text_features [B, N, D]`` (or ``[N, D]``), ``image_features [B, P, D]`` (or ``[P, D]``)
+        and ``patch_grid`` as the model gives them, ``text_mask [B, N]``.
         """
         text = text_features[None] if text_features.dim() == 2 else text_features
         image = image_features[None] if image_features.dim() == 2 else image_features
@@ -356,7 +357,9 @@ class BagFormerProcessor(ProcessorMixin):
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{config_path} is not a BagFormer processor: {error!r}") from error
         if bags_name != Path(bags_name).name:
-            raise ValueError(f"{config_path}: bags_file must be a plain file name, got {bags_name!r}")
+            raise ValueError(
+                f"{config_path}: bags_file must be a plain file name, got {bags_name!r}"
+            )
         bags_path = cached_file(name, bags_name, **hub)
         actual = _sha256(bags_path)
         if actual != expected:

@@ -72,10 +72,8 @@ def _tokenize_long(tokenizer: Any, text: str, limit: int) -> tuple[list[int], li
     return found["input_ids"][0], found["offset_mapping"][0]
 
 
-def encode(
-    tokenizer: Any, texts: Sequence[Any], max_length: int, sep_token: bool
-) -> list[Encoded]:
-    """``[CLS] text`` or, with ``sep_token``, ``[CLS] text [SEP]``, of at most ``max_length`` tokens.
+def encode(tokenizer: Any, texts: Sequence[Any], max_length: int, sep_token: bool) -> list[Encoded]:
+    """``[CLS] text`` or, with ``sep_token``, ``[CLS] text [SEP]``; at most ``max_length`` tokens.
 
     Every string has an answer: an empty or blank one is its special tokens alone, and a text of any
     length costs time linear in the part that is read.

@@ -49,7 +49,8 @@ def create_backbone(config: BagFormerVisionConfig) -> nn.Module:
             continue
         return timm.create_model(config.backbone, pretrained=False, **options)
     raise ValueError(
-        f"vision_config: timm cannot make {config.backbone!r} with {config.backbone_kwargs}: {refusal}"
+        f"vision_config: timm cannot make {config.backbone!r} with {config.backbone_kwargs}: "
+        f"{refusal}"
     )
 
 
@@ -97,7 +98,7 @@ def probe(config: BagFormerVisionConfig) -> tuple[Layout, list[str]]:
             model = create_backbone(config).eval()
             entered: set[str] = set()
             for name, child in model.named_children():
-                child.register_forward_hook(lambda *_, name=name: entered.add(name))
+                child.register_forward_hook(lambda *_, n=name, seen=entered: seen.add(n))
             try:
                 pixels = torch.zeros(1, 3, config.image_size, config.image_size)
                 features = model.forward_features(pixels)
@@ -117,7 +118,7 @@ class VisionEncoder(nn.Module):
     """Pictures ``[B, 3, H, W]`` to ``[B, 1 + rows * columns, W]``.
 
     Token 0 is the backbone's CLS token or, where it has none, the mean of the patches. Register and
-    distillation tokens are dropped. ``width`` and ``grid`` describe pictures of the configured size.
+    distillation tokens are dropped.
     """
 
     def __init__(self, config: BagFormerVisionConfig) -> None:
