@@ -9,6 +9,7 @@ Shapes: ``B`` batch, ``T`` tokens, ``N`` bags (padded per text), ``P`` patches, 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
