@@ -7,7 +7,6 @@ our larger classes is only where they are.
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import sys
 import warnings
@@ -48,9 +47,11 @@ class _Content(dict):
             super().setdefault(key, value)
 
     def _all(self) -> dict:
-        # somebody else's look-up must not fail because a dependency of ours is missing
-        with contextlib.suppress(ImportError):
+        try:
             self._fill()
+        except ImportError as error:
+            # somebody else's look-up must not fail because a dependency of ours is missing
+            warnings.warn(f"bagformer's classes cannot be imported: {error}", stacklevel=3)
         return dict(super().items())
 
     def __contains__(self, key: Any) -> bool:

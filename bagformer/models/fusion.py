@@ -66,7 +66,7 @@ def given_negatives(pairs: tuple[Tensor, Tensor], batch: int, device: torch.devi
         index = torch.as_tensor(index, device=device).long()
         if index.shape != (batch,) or bool(((index < 0) | (index >= batch)).any()):
             raise ValueError(
-                f"itm_negatives {name} must hold {batch} numbers below {batch}, got {index.tolist()}"
+                f"itm_negatives {name} must hold {batch} rows below {batch}, got {index.tolist()}"
             )
         checked.append(index)
     return Negatives(every, checked[0], every, checked[1])
