@@ -64,7 +64,9 @@ def test_recall_of_known_ranks():
 
 def test_a_query_without_relevant_item_is_an_error_a_miss_or_left_out():
     ranks = torch.tensor([0, -1, 0, 3])
-    with pytest.raises(ValueError, match="1 of 4 queries have no relevant item, the first is number 1"):
+    with pytest.raises(
+        ValueError, match="1 of 4 queries have no relevant item, the first is number 1"
+    ):
         recall_at(ranks)
     assert recall_at(ranks, [1], without_relevant="miss")["R@1"] == 50.0
     assert recall_at(ranks, [1], without_relevant="skip")["R@1"] == pytest.approx(200 / 3)
@@ -85,7 +87,9 @@ def test_bad_input_names_the_argument():
     scores = torch.zeros(2, 3)
     with pytest.raises(ValueError, match="relevant: expected one collection for each of 2 queries"):
         first_relevant_ranks(scores, [[0]])
-    with pytest.raises(ValueError, match=r"relevant\[1\]: expected item numbers from 0 to 2, got 3"):
+    with pytest.raises(
+        ValueError, match=r"relevant\[1\]: expected item numbers from 0 to 2, got 3"
+    ):
         first_relevant_ranks(scores, [[0], [3]])
     with pytest.raises(ValueError, match="scores: row 1 holds NaN"):
         first_relevant_ranks(torch.tensor([[0.0], [float("nan")]]), [[0], [0]])

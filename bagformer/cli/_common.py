@@ -50,6 +50,12 @@ def note(args: Any, message: str) -> None:
         print(message, file=sys.stderr)
 
 
+def working(args: Any, message: str) -> None:
+    """Tell someone who sits at a terminal what takes its time."""
+    if not args.quiet and sys.stderr.isatty():
+        print(f"bagformer {args.verb}: {message} ...", file=sys.stderr)
+
+
 def bar(args: Any, total: int | None, what: str, unit: str) -> tqdm:
     """A progress bar on standard error: for terminals only, and not with --quiet."""
     hidden = args.quiet or not sys.stderr.isatty()

@@ -38,7 +38,9 @@ class Inputs:
 def _only(folder: Path, pattern: str) -> Path:
     found = sorted(folder.glob(pattern))
     if len(found) != 1:
-        raise CommandError(f"{folder}: expected one {pattern}, found {len(found)}: reinstall bagformer", 1)
+        raise CommandError(
+            f"{folder}: expected one {pattern}, found {len(found)}: reinstall bagformer", 1
+        )
     return found[0]
 
 

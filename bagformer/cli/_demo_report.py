@@ -16,12 +16,24 @@ FAILURES_SHOWN = 2
 MOST_BAGS_DRAWN = 12
 _TILE, _HEAT = 128, 216
 
-READING = (
-    "Beside each picture: its rank and its score, which is the sum over the bags of the best patch "
-    "that each one found; a green frame marks a right picture. Below, the picture ranked first, once "
-    "for each bag, coloured by the bag's similarity with each patch. The outlined patch won; a frame "
-    "around the whole picture means that its summary vector (CLS or mean) did. The numbers are the "
-    "similarity that the bag won with and its share of the score."
+GUIDE = (
+    {
+        "title": "Best pictures.",
+        "text": "Rank and score: the sum over the query's bags of the best patch each one found. A "
+        "green frame marks a right picture; a dashed one its best right picture, if that comes "
+        "later.",
+    },
+    {
+        "title": "One picture for each bag.",
+        "text": "The picture ranked first, coloured by the bag's similarity with each patch. The "
+        "outlined patch won; where the whole picture is outlined, its summary vector did. Below: "
+        "the similarity it won with, and the bag's share of the score.",
+    },
+    {
+        "title": "All bags.",
+        "text": "The way back: each patch in the colour of the bag that it chose. The number is the "
+        "picture's score for the query, the sum over its patches.",
+    },
 )
 
 
@@ -54,22 +66,30 @@ def _recall(inputs: Any, scores: Any) -> tuple[dict[str, Any] | None, list[list[
     return recall, relevant, ranks
 
 
+def _spread(numbers: Sequence[int], count: int) -> list[int]:
+    """``count`` of ``numbers``, evenly spread from the first to the last."""
+    if len(numbers) <= count:
+        return list(numbers)
+    if count == 1:
+        return [numbers[0]]
+    return [numbers[place * (len(numbers) - 1) // (count - 1)] for place in range(count)]
+
+
 def _choose(bags: Sequence[Sequence[str]], ranks: Any, n_shown: int) -> tuple[list[int], str]:
     """Which queries the page shows, and the rule that chose them."""
-    several = [number for number, names in enumerate(bags) if len(names) >= 2]
-    kept = n_shown if ranks is None else max(1, n_shown - FAILURES_SHOWN)
-    chosen = several[:kept]
-    rule = f"Shown are the first {len(chosen)} queries of the file that have two bags or more"
-    if ranks is not None:
-        wrong = [number for number in several if number not in chosen and int(ranks[number]) > 0]
-        failures = wrong[: n_shown - len(chosen)]
-        chosen += failures
-        if failures:
-            rule += f", then the first {len(failures)} others of them whose top picture is wrong"
-    if not chosen:
-        chosen = [number for number, names in enumerate(bags) if names][:n_shown]
-        rule = f"No query has two bags; shown are the first {len(chosen)} that have one"
-    return chosen, rule + "."
+    least = 2 if any(len(names) >= 2 for names in bags) else 1
+    fit = [number for number, names in enumerate(bags) if len(names) >= least]
+    what = f"the {len(fit)} queries with {'two bags or more' if least == 2 else 'a bag'}"
+    if ranks is None:
+        chosen = _spread(fit, n_shown)
+        return chosen, f"Shown are {len(chosen)} of {what}, evenly spread over the file."
+    chosen = _spread(fit, max(1, n_shown - FAILURES_SHOWN))
+    wrong = [number for number in fit if number not in chosen and int(ranks[number]) > 0]
+    failures = wrong[: n_shown - len(chosen)]
+    rule = f"Shown are {len(chosen)} of {what}, evenly spread over the file"
+    if failures:
+        rule += f", then the first {len(failures)} others whose top picture is wrong"
+    return chosen + failures, rule + "."
 
 
 def _stage_rows(stages: Any, n_texts: int, n_images: int) -> list[dict[str, Any]]:
@@ -160,15 +180,16 @@ def _draw(explained: dict[str, Any], picture: Any) -> dict[str, Any]:
 class _Reporter:
     """Holds what every shown query needs."""
 
-    def __init__(self, inputs, model, processor, texts, images, scores, best, bags, relevant, ranks):
-        self.inputs, self.model, self.processor = inputs, model, processor
-        self.texts, self.images, self.scores, self.best = texts, images, scores, best
-        self.bags, self.relevant, self.ranks = bags, relevant, ranks
+    def __init__(self, inputs, model, texts, images, scores, best, relevant, ranks):
+        self.inputs, self.model, self.texts, self.images = inputs, model, texts, images
+        self.scores, self.best, self.relevant, self.ranks = scores, best, relevant, ranks
 
     def query(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
         """Figures and pictures of one query."""
         wanted = set(self.relevant[number]) if self.relevant is not None else set()
-        pairs = zip(self.best.indices[number].tolist(), self.best.scores[number].tolist(), strict=True)
+        pairs = zip(
+            self.best.indices[number].tolist(), self.best.scores[number].tolist(), strict=True
+        )
         top = [
             _entry(self.inputs, wanted, rank, index, score)
             for rank, (index, score) in enumerate(pairs, 1)
@@ -180,7 +201,7 @@ class _Reporter:
         figures = {
             "number": number,
             "text": self.inputs.texts[number],
-            "bags": list(self.bags[number]),
+            "bags": self.texts.bags[number],
             "truncated": bool(self.texts.truncated[number]),
             "relevant_pictures": len(wanted) if self.relevant is not None else None,
             "first_relevant_rank": rank,
@@ -203,11 +224,10 @@ class _Reporter:
         return _entry(self.inputs, wanted, rank, index, float(row[index]))
 
     def _explain(self, number: int, image: int) -> Explanation:
-        names = self.processor.bag_texts(self.inputs.texts[number], counted_only=False)[0]
         return explain_pair(
             self.texts.features[number],
             self.images.features[image],
-            names,
+            self.texts.names[number],
             self.images.patch_grid,
             text_mask=self.texts.mask[number],
             mask_mode=self.model.config.mask_mode,
@@ -256,15 +276,12 @@ def build_report(
     n_shown: int,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The report, ready for JSON, and per shown query the data URIs of its pictures."""
-    bags = processor.bag_texts(inputs.texts)
     recall, relevant, ranks = _recall(inputs, scores)
-    chosen, rule = _choose(bags, ranks, n_shown)
-    reporter = _Reporter(
-        inputs, model, processor, texts, images, scores, best, bags, relevant, ranks
-    )
+    chosen, rule = _choose(texts.bags, ranks, n_shown)
+    reporter = _Reporter(inputs, model, texts, images, scores, best, relevant, ranks)
     shown = [reporter.query(number) for number in chosen]
     n_texts, n_images = len(inputs.texts), len(inputs.gallery)
-    bag_count = sum(map(len, bags))
+    bag_count = sum(map(len, texts.bags))
     report = {
         "version": bagformer.__version__,
         "about": {
@@ -276,13 +293,14 @@ def build_report(
                 "a picture."
             ),
             "rule": rule,
-            "reading": READING,
+            "guide": [dict(part) for part in GUIDE],
         },
         "recall": recall,
         "stages": _stage_rows(stages, n_texts, n_images),
         "stages_note": (
-            f"Besides these, loading the model took {1000 * stages['load']:.0f} ms. Scoring gives "
-            "the matrices of both directions from one pass over all pairs."
+            f"After a warm-up with one query and one picture. Loading the model took "
+            f"{1000 * stages['load']:.0f} ms more. Scoring gives the matrices of both directions "
+            "from one pass over all pairs."
         ),
         "seconds": {name: round(seconds, 6) for name, seconds in stages.items()},
         "queries": [figures for figures, _ in shown],

@@ -7,7 +7,16 @@ import os
 import platform
 from pathlib import Path
 
-PACKAGES = ("torch", "triton", "transformers", "timm", "tokenizers", "safetensors", "numpy", "pillow")
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "timm",
+    "tokenizers",
+    "safetensors",
+    "numpy",
+    "pillow",
+)
 
 
 def versions() -> dict[str, str | None]:
@@ -40,7 +49,17 @@ def processor_name() -> str:
 
 def processor_flags() -> list[str]:
     """The instruction sets that matter here, as the system names them; empty where it does not."""
-    wanted = ("avx2", "fma", "avx512f", "avx512bw", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+    wanted = (
+        "avx2",
+        "fma",
+        "avx512f",
+        "avx512bw",
+        "avx512_bf16",
+        "amx_bf16",
+        "asimd",
+        "bf16",
+        "sve",
+    )
     flags = set((_cpuinfo("flags", "Features") or "").split())
     return [name for name in wanted if name in flags]
 

@@ -53,14 +53,20 @@ class Gallery:
             self.keys = list(self.files)
         if not self.keys:
             shown = " ".join(map(str, paths))
-            raise CommandError(f"--images: no pictures in {shown} ({', '.join(SUFFIXES)}, or a .tsv)")
+            raise CommandError(
+                f"--images: no pictures in {shown} ({', '.join(SUFFIXES)}, or a .tsv)"
+            )
 
     def _find(self, paths: Sequence[Path]) -> None:
         for path in paths:
             if path.is_dir():
-                found = (Path(folder) / name for folder, _, names in os.walk(path) for name in names)
+                found = (
+                    Path(folder) / name for folder, _, names in os.walk(path) for name in names
+                )
                 inside = sorted((f for f in found if f.suffix.lower() in SUFFIXES), key=_natural)
-                self.files.update({str(file.relative_to(path)): file for file in inside})
+                # names inside one folder are short; of several, they could be the same
+                base = path if len(paths) == 1 else None
+                self.files.update({str(f.relative_to(base) if base else f): f for f in inside})
             elif path.is_file():
                 self.files[str(path)] = path
             elif self._skip:
@@ -82,7 +88,9 @@ class Gallery:
         except ImageError as error:
             raise BrokenPictureError(error.reason, f"{self.files[key]}: {error}") from error
         except OSError as error:
-            raise BrokenPictureError("unreadable", f"{self.files[key]}: {error.strerror}") from error
+            raise BrokenPictureError(
+                "unreadable", f"{self.files[key]}: {error.strerror}"
+            ) from error
 
     def pictures(self) -> Iterator[Image.Image]:
         good = []

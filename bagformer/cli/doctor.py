@@ -182,12 +182,16 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result)
         return 0 if result["healthy"] else 1
-    packages = "  ".join(f"{name} {v or '(not installed)'}" for name, v in result["versions"].items())
+    packages = "  ".join(
+        f"{name} {v or '(not installed)'}" for name, v in result["versions"].items()
+    )
     tools = "  ".join(f"{name}: {v or 'not found'}" for name, v in result["tools_for_data"].items())
     print(f"bagformer {result['bagformer']}")
     print(f"versions   {packages}")
     print(f"system     {result['system']}")
-    print(f"processor  {result['cpu']}, {result['cores']} cores, {' '.join(result['cpu_features'])}")
+    print(
+        f"processor  {result['cpu']}, {result['cores']} cores, {' '.join(result['cpu_features'])}"
+    )
     print(f"gpu        {', '.join(result['gpus']) or 'none'}")
     print(f"for data   {tools}")
     for name, value in result["environment"].items():

@@ -65,7 +65,7 @@ def score(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
     gallery = Gallery(args.images, args.skip_errors)
     folder = args.model or TINY_MODEL
     model, processor = load_model(folder), load_processor(folder)
-    encoded = encode_texts(model, processor, texts)
+    encoded = encode_texts(model, processor, texts, with_names=True)
     with bar(args, len(gallery), "encode pictures", "picture") as progress:
         images = encode_images(
             model,
@@ -90,10 +90,12 @@ def score(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
                 "text": text,
                 "bags": bags,
                 "truncated": cut,
-                "ranking": _ranking(pictures.scores[row], pictures.indices[row], gallery.keys, "image"),
+                "ranking": _ranking(
+                    pictures.scores[row], pictures.indices[row], gallery.keys, "image"
+                ),
             }
             for row, (text, bags, cut) in enumerate(
-                zip(texts, processor.bag_texts(texts), encoded.truncated.tolist(), strict=True)
+                zip(texts, encoded.bags, encoded.truncated.tolist(), strict=True)
             )
         ],
         "images": [

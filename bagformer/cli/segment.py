@@ -24,6 +24,7 @@ from bagformer.cli._common import (
     positive,
     print_json,
     texts_from,
+    working,
 )
 
 MATCHERS = ("leftmost_longest", "original", "backward_max")
@@ -40,7 +41,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--vocabulary", type=Path, metavar="FILE", help="vocab.txt of a BERT model")
     parser.add_argument("--matcher", choices=MATCHERS, help="how entities are found")
     parser.add_argument(
-        "--max-length", type=positive, metavar="N", help="tokens of a text, [CLS] and [SEP] included"
+        "--max-length",
+        type=positive,
+        metavar="N",
+        help="tokens of a text, [CLS] and [SEP] included",
     )
     parser.add_argument(
         "--all", action="store_true", help="show the bags that do not count too ([CLS], [SEP], ...)"
@@ -71,7 +75,11 @@ def _processor(args: argparse.Namespace) -> Any:
     protocol = "corrected" if matcher == MATCHERS[0] else "original"
     config = BagFormerConfig(protocol=protocol, matcher=matcher)
     tokenizer = BertTokenizer(str(args.vocabulary), do_lower_case=True)
-    return BagFormerProcessor.from_config(config, tokenizer, args.dictionary)
+    working(args, f"reading {args.dictionary}")
+    processor = BagFormerProcessor.from_config(config, tokenizer, args.dictionary)
+    if not args.quiet and sys.stderr.isatty():
+        print(processor.segmenter.report, file=sys.stderr)
+    return processor
 
 
 def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
@@ -80,16 +88,18 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def _cut(processor: Any, texts: Iterable[str], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+def _cut(
+    processor: Any, texts: Iterable[str], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
     # The original's matchers let the texts of a batch cut each other's bags; alone, none does.
     invariant = processor.segmenter.matcher == MATCHERS[0]
     size = _LINES_AT_ONCE if invariant and (args.text or not sys.stdin.isatty()) else 1
     for batch in _batches(texts, size):
         inputs = processor(text=batch, max_length=args.max_length, return_truncated=True)
-        named = processor.bag_texts(
-            batch, counted_only=not args.all, max_length=args.max_length
-        )
+        named = processor.bag_texts(batch, counted_only=not args.all, max_length=args.max_length)
         for text, bags, cut in zip(batch, named, inputs["truncated"].tolist(), strict=True):
+            while args.all and bags and bags[-1] == "[PAD]":
+                bags.pop()
             yield {"text": text, "bags": bags, "truncated": cut}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import islice
+from itertools import compress, islice
 from typing import Any, NamedTuple
 
 import torch
@@ -27,11 +27,17 @@ class Stages(dict[str, float]):
 
 
 class Texts(NamedTuple):
-    """``features [Nt, N, D]``, ``mask [Nt, N]``, and ``truncated [Nt]``: which texts were cut off."""
+    """``features [Nt, N, D]``, ``mask [Nt, N]``, and ``truncated [Nt]``: which texts were cut off.
+
+    Where they were asked for, ``names`` holds the characters of each text's bags, those that do not
+    count included, and ``bags`` those that count.
+    """
 
     features: Tensor
     mask: Tensor
     truncated: Tensor
+    names: list[list[str]]
+    bags: list[list[str]]
 
 
 class Images(NamedTuple):
@@ -58,6 +64,7 @@ def encode_texts(
     texts: Sequence[str],
     *,
     batch_size: int = 64,
+    with_names: bool = False,
     stages: Stages | None = None,
     progress: Progress | None = None,
 ) -> Texts:
@@ -72,6 +79,8 @@ def encode_texts(
     stages = Stages() if stages is None else stages
     device = next(model.parameters()).device
     features, masks, truncated = [], [], []
+    names: list[list[str]] = []
+    bags: list[list[str]] = []
     for start in range(0, len(texts), batch_size):
         batch = list(texts[start : start + batch_size])
         begin = time.perf_counter()
@@ -83,13 +92,20 @@ def encode_texts(
         rest = max(0.0, both - (stages["segment"] - before))
         stages["tokenise"] = stages.get("tokenise", 0.0) + rest
         truncated.append(inputs.pop("truncated"))
+        if with_names:
+            named = processor.bag_texts(batch, counted_only=False)
+            names += named
+            bags += [
+                list(compress(row, keep))
+                for row, keep in zip(named, inputs["bag_mask"].tolist(), strict=True)
+            ]
         with stages.time("encode_texts"):
             output = model.get_text_features(**inputs.to(device))
             features.append(output.text_features)
             masks.append(output.text_mask)
         if progress:
             progress(len(batch))
-    return Texts(_widen(features), _widen(masks), torch.cat(truncated))
+    return Texts(_widen(features), _widen(masks), torch.cat(truncated), names, bags)
 
 
 @torch.inference_mode()

@@ -79,7 +79,9 @@ def explain_pair(
         mask = torch.ones(text.shape[0], dtype=torch.bool, device=text.device)
     counting = mask.nonzero().flatten().tolist()
     if counting and counting[-1] >= len(bag_texts):
-        raise ValueError(f"bag_texts: bag {counting[-1]} counts, but only {len(bag_texts)} are named")
+        raise ValueError(
+            f"bag_texts: bag {counting[-1]} counts, but only {len(bag_texts)} are named"
+        )
     scores = maxsim_pairs(
         text[None],
         image[None],

@@ -11,7 +11,14 @@ from torch import Tensor
 Colour = tuple[int, int, int]
 
 # Dark to light with rising lightness, so that the order survives grey printing and colour blindness.
-_ANCHORS = ((38, 24, 74), (56, 68, 140), (38, 122, 142), (60, 170, 122), (166, 206, 74), (252, 232, 90))
+_ANCHORS = (
+    (38, 24, 74),
+    (56, 68, 140),
+    (38, 122, 142),
+    (60, 170, 122),
+    (166, 206, 74),
+    (252, 232, 90),
+)
 OUTLINE: Colour = (226, 38, 77)
 
 

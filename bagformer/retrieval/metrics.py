@@ -78,7 +78,9 @@ def topk_ranks(indices: Tensor, relevant: Sequence[Collection[int]], n_items: in
     A query whose relevant items are all beyond the ``k`` best gets rank ``k``, one without any -1.
     """
     if not isinstance(indices, Tensor) or indices.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"indices: expected an int tensor, got {getattr(indices, 'dtype', indices)}")
+        raise TypeError(
+            f"indices: expected an int tensor, got {getattr(indices, 'dtype', indices)}"
+        )
     if indices.dim() != 2:
         raise ValueError(f"indices: expected [queries, k], got {list(indices.shape)}")
     best = indices.detach().cpu().to(torch.int64)

@@ -94,7 +94,7 @@ def _stages(report: Mapping[str, Any]) -> str:
     stages = report["stages"]
     longest = max(stage["ms"] for stage in stages) or 1.0
     cells = "".join(
-        f'<span>{escape(stage["name"])}</span>{_track(100 * stage["ms"] / longest)}'
+        f"<span>{escape(stage['name'])}</span>{_track(100 * stage['ms'] / longest)}"
         f'<span class="ms">{stage["ms"]:.1f} ms</span><span class="rate">{escape(stage["rate"])}</span>'
         for stage in stages
     )
@@ -116,7 +116,9 @@ def _tile(entry: Mapping[str, Any], uri: str, extra: str = "") -> str:
 
 
 def _heat(match: Mapping[str, Any], uri: str) -> str:
-    where = "the whole picture" if match["cell"] is None else "row {}, column {}".format(*match["cell"])
+    where = (
+        "the whole picture" if match["cell"] is None else "row {}, column {}".format(*match["cell"])
+    )
     colour = _css_colour(match["bag"])
     return (
         f'<figure class="heat"><img alt="{escape(match["text"])}: {where} won" src="{uri}">'
@@ -144,36 +146,41 @@ def _verdict(query: Mapping[str, Any]) -> str:
 
 def _query(query: Mapping[str, Any], pictures: Mapping[str, Any], scale: str) -> str:
     bags = "".join(_chip(text, bag) for bag, text in enumerate(query["bags"]))
-    tiles = [
-        _tile(entry, uri) for entry, uri in zip(query["top"], pictures["top"], strict=True)
-    ]
+    tiles = [_tile(entry, uri) for entry, uri in zip(query["top"], pictures["top"], strict=True)]
     if query["first_relevant"] is not None:
         tiles[-1] = _tile(query["first_relevant"], pictures["first_relevant"], " late")
     explained = query["explanation"]
     heats = [
-        _heat(match, uri)
-        for match, uri in zip(explained["bags"], pictures["heat"], strict=True)
+        _heat(match, uri) for match, uri in zip(explained["bags"], pictures["heat"], strict=True)
     ]
     heats.append(
         f'<figure class="heat"><img alt="which bag each patch chose" src="{pictures["choice"]}">'
-        '<figcaption class="soft">the bag that each patch chose<br>(picture → text '
-        f"{explained['image_to_text']:.3f})</figcaption></figure>"
+        f'<figcaption><span class="row"><span>all bags</span>'
+        f"<span>{explained['image_to_text']:.3f}</span></span></figcaption></figure>"
     )
     low, high = explained["scale"]
+    truncated = '<p class="soft small">The end of this query was cut off.</p>'
     return (
         f'<article class="card query" id="q{query["number"]}"><div class="head">'
         f'<div class="bags" lang="zh" aria-label="{escape(query["text"])}">{bags}</div>'
-        f'{_verdict(query)}</div><div class="tiles">{"".join(tiles)}</div>'
-        f'<div class="bar"><h3>How the bags read picture {escape(str(explained["picture"]))}, '
-        f'rank 1: text → picture {explained["text_to_image"]:.3f}</h3><span class="legend">{low:.2f}'
-        f'<img alt="" src="{scale}">{high:.2f}</span></div>'
-        f'<div class="heats">{"".join(heats)}</div></article>'
+        f"{_verdict(query)}</div>{truncated if query['truncated'] else ''}"
+        f'<div class="sides"><div><div class="bar"><h3>Best pictures</h3></div>'
+        f'<div class="tiles">{"".join(tiles)}</div></div>'
+        f'<div><div class="bar"><h3>What its bags found in the first of them</h3>'
+        f'<span class="legend">{low:.2f}<img alt="" src="{scale}">{high:.2f}</span></div>'
+        f'<div class="heats">{"".join(heats)}</div></div></div></article>'
     )
+
+
+def _guide(guide: Sequence[Mapping[str, str]]) -> str:
+    parts = "".join(f"<p><b>{escape(p['title'])}</b> {escape(p['text'])}</p>" for p in guide)
+    return f'<div class="guide small">{parts}</div>'
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
     rows = "".join(
-        f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>" for name, value in facts.items()
+        f"<dt>{escape(str(name))}</dt><dd>{escape(str(value))}</dd>"
+        for name, value in facts.items()
     )
     return f'<dl class="facts">{rows}</dl>'
 
@@ -199,7 +206,7 @@ def render_page(report: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]
         f"<h1>{escape(about['title'])}</h1><p>{escape(about['lede'])}</p>"
         f'<div class="summary">{_recall(report)}{_stages(report)}</div>'
         f'<h2>Queries, their bags, and what the bags found</h2><p class="soft">{escape(about["rule"])}'
-        f" {escape(about['reading'])}</p>{queries}"
+        f"</p>{_guide(about['guide'])}{queries}"
         f'<h2>Where these figures come from</h2><div class="card">{_facts(report["facts"])}</div>'
         "</main></body></html>\n"
     )

@@ -10,7 +10,12 @@ from PIL import Image, ImageDraw
 
 from bagformer.data.muge import write_jsonl, write_tsv
 
-COLOURS = {"红色": (214, 48, 49), "蓝色": (9, 92, 210), "绿色": (16, 160, 90), "黄色": (250, 200, 60)}
+COLOURS = {
+    "红色": (214, 48, 49),
+    "蓝色": (9, 92, 210),
+    "绿色": (16, 160, 90),
+    "黄色": (250, 200, 60),
+}
 THINGS = ("毛衣", "靴子", "背包")
 VOCABULARY = [
     *("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "高", "领", "的", "t", "##恤", "恤"),
