@@ -31,8 +31,8 @@ GUIDE = (
     },
     {
         "title": "All bags.",
-        "text": "The way back: each patch in the colour of the bag that it chose. The number is the "
-        "picture's score for the query, the sum over its patches.",
+        "text": "The way back: each patch in the colour of the bag that it chose. The number is "
+        "the picture's score for the query, the sum over its patches.",
     },
 )
 
@@ -247,13 +247,14 @@ def _facts(inputs: Any, model: Any, processor: Any, images: Any) -> dict[str, An
     return {
         "Data": f"{inputs.name}: {len(inputs.texts)} queries, {len(inputs.gallery)} pictures",
         "Model": (
-            f"{parameters / 1e6:.2f} M parameters, pictures of {config.vision_config.image_size} px in "
-            f"{rows} x {columns} patches, {config.embed_dim} features"
+            f"{parameters / 1e6:.2f} M parameters, pictures of {config.vision_config.image_size} "
+            f"px in {rows} x {columns} patches, {config.embed_dim} features"
         ),
         "Model folder": "",
         "Rules": (
-            f"protocol {config.protocol}, interaction {config.interaction}, {config.fusion} fusion, "
-            f"matcher {processor.segmenter.matcher} with {len(processor.segmenter):,} entities, "
+            f"protocol {config.protocol}, interaction {config.interaction}, "
+            f"{config.fusion} fusion, matcher {processor.segmenter.matcher} with "
+            f"{len(processor.segmenter):,} entities, "
             f"masked bags: {config.mask_mode}, {config.reduction} over maxima"
         ),
         "Scoring": explain_backend("maxsim", images.features),

@@ -34,8 +34,8 @@ def _natural(path: Path) -> list[Any]:
 class Gallery:
     """Pictures in a fixed order; broken ones raise CommandError, or are left out and counted.
 
-    ``keys`` are the ids of a tsv or the file names, ``skipped`` the counts of what was left out. The
-    keys of broken pictures leave ``keys`` when :meth:`pictures` has been read through.
+    ``keys`` are the ids of a tsv or the file names, ``skipped`` the counts of what was left out.
+    The keys of broken pictures leave ``keys`` when :meth:`pictures` has been read through.
     """
 
     def __init__(self, paths: Sequence[Path], skip_errors: bool = False) -> None:

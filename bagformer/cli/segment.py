@@ -55,7 +55,7 @@ def _processor(args: argparse.Namespace) -> Any:
     if args.dictionary is None and args.vocabulary is None:
         if args.matcher is not None:
             raise CommandError(
-                "--matcher needs --dictionary and --vocabulary: a model's dictionary is already built"
+                "--matcher needs --dictionary and --vocabulary: a model's is already built"
             )
         return load_processor(args.model or TINY_MODEL)
     if args.model is not None:

@@ -16,10 +16,10 @@ class BagMatch(NamedTuple):
     """One counting bag of a text against one picture.
 
     ``bag`` is its number in the text, ``text`` its characters, ``similarity`` that with the patch
-    it chose, ``share`` its part of the score in per cent. ``patch`` counts as in ``image_features``:
-    0 is the whole picture (CLS token or mean), other patches lie row by row on the grid; ``cell`` is
-    the (row, column), or None for the whole picture. ``heat [rows, columns]`` holds the similarity
-    with each patch of the grid.
+    it chose, ``share`` its part of the score in per cent. ``patch`` counts as in
+    ``image_features``: 0 is the whole picture (CLS token or mean), other patches lie row by row on
+    the grid; ``cell`` is the (row, column), or None for the whole picture. ``heat [rows, columns]``
+    holds the similarity with each patch of the grid.
     """
 
     bag: int

@@ -1,4 +1,4 @@
-"""Lay what an :class:`~bagformer.retrieval.explain.Explanation` says over the picture, as pixels."""
+"""Lay an :class:`~bagformer.retrieval.explain.Explanation` over the picture, as pixels."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 Colour = tuple[int, int, int]
 
-# Dark to light with rising lightness, so that the order survives grey printing and colour blindness.
+# Lightness rises all the way, so that the order survives grey printing and colour blindness.
 _ANCHORS = (
     (38, 24, 74),
     (56, 68, 140),

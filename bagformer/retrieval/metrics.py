@@ -45,8 +45,8 @@ def _pairs(
 def first_relevant_ranks(scores: Tensor, relevant: Sequence[Collection[int]]) -> Tensor:
     """Rank, from 0, of each query's best relevant item; -1 for a query that has none.
 
-    ``scores [Q, C]`` of any float dtype (higher is better); ``relevant[q]`` holds the numbers of the
-    items that are right for query ``q``. Returns int64 ``[Q]`` on the CPU. Raises TypeError if
+    ``scores [Q, C]`` of any float dtype (higher is better); ``relevant[q]`` holds the numbers of
+    the items that are right for query ``q``. Returns int64 ``[Q]`` on the CPU. Raises TypeError if
     ``scores`` is no float tensor, ValueError for a wrong shape, NaN, or numbers out of range.
     """
     if not isinstance(scores, Tensor) or not scores.is_floating_point():
@@ -73,7 +73,7 @@ def first_relevant_ranks(scores: Tensor, relevant: Sequence[Collection[int]]) ->
 
 
 def topk_ranks(indices: Tensor, relevant: Sequence[Collection[int]], n_items: int) -> Tensor:
-    """As :func:`first_relevant_ranks`, from the ``indices [Q, k]`` of the best ``k`` of ``n_items``.
+    """As :func:`first_relevant_ranks`, from ``indices [Q, k]``, the best ``k`` of ``n_items``.
 
     A query whose relevant items are all beyond the ``k`` best gets rank ``k``, one without any -1.
     """
@@ -115,8 +115,8 @@ def recall_at(
     if missing and without_relevant == "error":
         first = int((~known).nonzero()[0])
         raise ValueError(
-            f"{missing} of {len(ranks)} queries have no relevant item, the first is number {first}; "
-            "count them with without_relevant='miss' or leave them out with 'skip'"
+            f"{missing} of {len(ranks)} queries have no relevant item, the first is number "
+            f"{first}; count them with without_relevant='miss' or leave them out with 'skip'"
         )
     total = len(ranks) if without_relevant == "miss" else len(ranks) - missing
     if not total:
@@ -151,9 +151,9 @@ def retrieval_recall(
     """Recall of both directions from the scores ``[Nt, Ni]`` and ``[Ni, Nt]``.
 
     ``relevant[t]`` are the numbers of the images of text ``t``. Returns ``{"text_to_image":
-    {"R@1", .., "mean"}, "image_to_text": {..}, "mean"}``; ``mean`` is the mean of both. What happens
-    to a text or an image without a counterpart is told to :func:`recall_at`; the defaults are the
-    original evaluation's, which misses every image that no text belongs to.
+    {"R@1", .., "mean"}, "image_to_text": {..}, "mean"}``; ``mean`` is the mean of both. What
+    happens to a text or an image without a counterpart is told to :func:`recall_at`; the defaults
+    are the original evaluation's, which misses every image that no text belongs to.
     """
     if tuple(image_to_text.shape) != tuple(text_to_image.shape)[::-1]:
         raise ValueError(

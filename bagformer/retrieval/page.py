@@ -1,6 +1,6 @@
 """A ranking explained on one page: a single HTML file that needs nothing else.
 
-The page shows figures of the report alone (the dict that is also written as JSON); it computes none.
+The page shows figures of the report alone (the dict that is also written as JSON).
 """
 
 from __future__ import annotations
@@ -95,7 +95,8 @@ def _stages(report: Mapping[str, Any]) -> str:
     longest = max(stage["ms"] for stage in stages) or 1.0
     cells = "".join(
         f"<span>{escape(stage['name'])}</span>{_track(100 * stage['ms'] / longest)}"
-        f'<span class="ms">{stage["ms"]:.1f} ms</span><span class="rate">{escape(stage["rate"])}</span>'
+        f'<span class="ms">{stage["ms"]:.1f} ms</span>'
+        f'<span class="rate">{escape(stage["rate"])}</span>'
         for stage in stages
     )
     note = f'<p class="soft small note">{escape(report["stages_note"])}</p>'
@@ -205,8 +206,9 @@ def render_page(report: Mapping[str, Any], pictures: Sequence[Mapping[str, Any]]
         f'<div class="brand">bagformer<span>{escape(report["version"])}</span></div>'
         f"<h1>{escape(about['title'])}</h1><p>{escape(about['lede'])}</p>"
         f'<div class="summary">{_recall(report)}{_stages(report)}</div>'
-        f'<h2>Queries, their bags, and what the bags found</h2><p class="soft">{escape(about["rule"])}'
-        f"</p>{_guide(about['guide'])}{queries}"
+        "<h2>Queries, their bags, and what the bags found</h2>"
+        f'<p class="soft">{escape(about["rule"])}</p>'
+        f"{_guide(about['guide'])}{queries}"
         f'<h2>Where these figures come from</h2><div class="card">{_facts(report["facts"])}</div>'
         "</main></body></html>\n"
     )

@@ -1,4 +1,4 @@
-"""A small world for the command line: pictures, queries, a dictionary, a model of random weights."""
+"""A small world for the command line: pictures, queries, words, a model of random weights."""
 
 from __future__ import annotations
 
