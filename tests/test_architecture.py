@@ -59,7 +59,9 @@ def _imports(path: Path) -> set[str]:
     return names
 
 
-@pytest.mark.parametrize("room,path", _sources(), ids=lambda value: str(getattr(value, "name", value)))
+@pytest.mark.parametrize(
+    "room,path", _sources(), ids=lambda value: str(getattr(value, "name", value))
+)
 def test_imports_go_one_way(room: str, path: Path):
     assert room in LEVEL, f"{path}: give the new room {room!r} a level in this test"
     for name in _imports(path):
