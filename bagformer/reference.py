@@ -24,11 +24,11 @@ MATCHERS = ("leftmost_longest", "original", "backward_max")
 class MaxSimScores(NamedTuple):
     """Scores of both directions, and which token won each maximum.
 
-    ``text_to_image`` is ``[Nt, Ni]`` and ``image_to_text`` is ``[Ni, Nt]``; the candidate form gives
-    ``[Nt, K]`` for both, the pair form ``[B]``. ``text_argmax`` ``[Nt, Ni, N]`` is the patch that each
-    bag chose and ``image_argmax`` ``[Ni, Nt, P]`` the bag that each patch chose (candidate form
-    ``[Nt, K, N]`` and ``[Nt, K, P]``, pair form ``[B, N]`` and ``[B, P]``), int32, -1 where there is
-    none. A field that was not asked for is None.
+    ``text_to_image`` is ``[Nt, Ni]`` and ``image_to_text`` is ``[Ni, Nt]``; the candidate form
+    gives ``[Nt, K]`` for both, the pair form ``[B]``. ``text_argmax`` ``[Nt, Ni, N]`` is the patch
+    that each bag chose and ``image_argmax`` ``[Ni, Nt, P]`` the bag that each patch chose
+    (candidate form ``[Nt, K, N]`` and ``[Nt, K, P]``, pair form ``[B, N]`` and ``[B, P]``), int32,
+    -1 where there is none. A field that was not asked for is None.
     """
 
     text_to_image: Tensor | None
@@ -54,8 +54,8 @@ def bag_pool(hidden_states: Tensor, offsets: Tensor) -> Tensor:
 
     ``hidden_states [B, T, D]`` and ``offsets [B, N + 1]`` give ``[B, N, D]`` in the dtype of
     ``hidden_states``: bag ``n`` of row ``b`` is the sum of tokens ``offsets[b, n]`` up to but not
-    including ``offsets[b, n + 1]``, added in token order in at least float32. An empty bag is a zero
-    vector. NaN and Inf in a token reach its own bag and no other.
+    including ``offsets[b, n + 1]``, added in token order in at least float32. An empty bag is a
+    zero vector. NaN and Inf in a token reach its own bag and no other.
     """
     batch, _, width = hidden_states.shape
     n_bags = offsets.shape[1] - 1
@@ -74,7 +74,9 @@ def l2_normalize(x: Tensor, eps: float = 1e-12) -> Tensor:
     vector therefore stays zero. Computed in at least float32, returned in the dtype of ``x``.
     """
     wide = x.to(accumulation_dtype(x.dtype))
-    norm = wide.square().sum(dim=-1, keepdim=True).sqrt()
+    squares = wide.square().sum(dim=-1, keepdim=True)
+    # the square root has no finite slope at zero, and a zero vector has no direction to move in
+    norm = torch.where(squares == 0, 1, squares).sqrt().masked_fill(squares == 0, 0)
     return (wide / norm.clamp_min(eps)).to(x.dtype)
 
 
@@ -83,7 +85,7 @@ def _directed(
 ) -> tuple[Tensor, Tensor]:
     """Max over the last axis, then sum or mean over the one before it.
 
-    ``similarity [..., Q, C]``; ``own [..., Q]`` and ``other [..., C]`` are True where a token counts.
+    ``similarity [..., Q, C]``; ``own [..., Q]``, ``other [..., C]`` are True where a token counts.
     """
     fill = float("-inf") if mask_mode == "exclude" else 0.0
     masked = similarity.masked_fill(~other[..., None, :], fill)
@@ -91,7 +93,13 @@ def _directed(
     if similarity.shape[-1] == 0 or similarity.shape[-2] == 0:
         shape = similarity.shape[:-1]
         return similarity.new_zeros(shape[:-1]), similarity.new_full(shape, -1, dtype=torch.int32)
-    best, index = masked.max(dim=-1)
+    wins = (masked == masked.amax(dim=-1, keepdim=True)) | masked.isnan()
+    if mask_mode == "exclude":
+        # where every similarity that counts is -inf, the fill of a masked token must not win
+        wins = wins & other[..., None, :]
+    index = wins.to(torch.int8).argmax(dim=-1)
+    # gathered, so that of equal values the first alone takes the gradient
+    best = masked.gather(-1, index[..., None]).squeeze(-1)
     valid = own & any_other[..., None]
     # where, not multiplication: a masked token's NaN must not survive as NaN * 0
     total = torch.where(valid, best, torch.zeros_like(best)).sum(dim=-1)
@@ -107,7 +115,7 @@ def _ones(features: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _score(text, image, text_mask, image_mask, mask_mode, reduction):
-    """Broadcast form: ``text [..., N, D]``, ``image [..., P, D]`` with equal or broadcastable lead."""
+    """``text [..., N, D]`` with ``image [..., P, D]``, whose leading axes broadcast."""
     dtype = accumulation_dtype(text.dtype)
     zero = torch.zeros((), dtype=dtype, device=text.device)
     text = torch.where(text_mask[..., None], text.to(dtype), zero)
