@@ -198,3 +198,94 @@ def maxsim_topk(
     # a stable descending sort keeps the lower index first among equals, and puts NaN first
     values, order = torch.sort(scores, dim=1, descending=True, stable=True)
     return TopK(values[:, :k], order[:, :k])
+
+
+def leftmost_longest_starts(ids: Sequence[int], entities: set[tuple[int, ...]]) -> list[int]:
+    """Bag starts of one row: from left to right the longest entity at hand, else one token."""
+    longest = max(map(len, entities), default=1)
+    starts, at = [], 0
+    while at < len(ids):
+        starts.append(at)
+        ends = range(min(at + longest, len(ids)), at, -1)
+        at = next((end for end in ends if tuple(ids[at:end]) in entities), at + 1)
+    return starts
+
+
+def _starts_of_spans(spans: Iterable[tuple[int, int]], length: int) -> list[int]:
+    """The original's offsets: both ends of every span, and every token outside that is no end."""
+    spans = list(spans)
+    ends = [bound for span in spans for bound in span]
+    inside = {token for start, end in spans for token in range(start, end)}
+    return sorted(ends + [t for t in range(length) if t not in inside and t not in ends])
+
+
+def original_starts(ids: Sequence[int], entities: set[tuple[int, ...]]) -> list[int]:
+    """Bag starts of one row by the rule of the original's ``EmbeddingBagHelperAutomaton``.
+
+    A word grows by the next token as long as it is still an entity, so a longer entity is found
+    only if its prefixes of two and more tokens are entities too. Words of two and more tokens are
+    spans; a token 0 that is an entity by itself is left out of its span. A span that ends where the
+    next one starts, or at the row's end, leaves an empty bag there.
+    """
+    spans, first = [], 0
+    while first < len(ids):
+        end = first + 1
+        while end < len(ids) and tuple(ids[first : end + 1]) in entities:
+            end += 1
+        if end - first > 1:
+            spans.append((first + (first == 0 and tuple(ids[:1]) in entities), end))
+        first = end
+    return _starts_of_spans(spans, len(ids))
+
+
+def backward_max_starts(ids: Sequence[int], entities: set[tuple[int, ...]]) -> list[int]:
+    """Bag starts of one row by the rule of the original's ``EmbeddingBagHelper``.
+
+    From the end, the longest entity that ends there is a span, single tokens included; empty bags
+    arise as in :func:`original_starts`, so a row may have more bags than tokens.
+    """
+    spans, end = [], len(ids)
+    while end > 0:
+        found = (first for first in range(end) if tuple(ids[first:end]) in entities)
+        first = next(found, None)
+        if first is None:
+            end -= 1
+        else:
+            spans.append((first, end))
+            end = first
+    return _starts_of_spans(spans, len(ids))
+
+
+def segment(
+    rows: Sequence[Sequence[int]],
+    entities: Iterable[Sequence[int]],
+    *,
+    matcher: str = "leftmost_longest",
+    masked_ids: Iterable[int] = (),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cut rows of one length into bags: ``offsets [B, N + 1]``, ``mask [B, N]``, ``counts [B]``.
+
+    A bag is masked (False) if it is exactly one token of ``masked_ids``; empty bags count. The two
+    compatible matchers keep as many bags of each row as the row with the fewest has: the last one
+    kept then runs to the row's end, while the mask stays that of the bags before the cut.
+    """
+    known, masked = {tuple(entity) for entity in entities}, set(masked_ids)
+    rule = {
+        "leftmost_longest": leftmost_longest_starts,
+        "original": original_starts,
+        "backward_max": backward_max_starts,
+    }[matcher]
+    starts = [rule(list(row), known) for row in rows]
+    length = len(rows[0]) if rows else 0
+    counts = [len(row) for row in starts]
+    if matcher != "leftmost_longest":
+        counts = [min(counts)] * len(counts) if counts else []
+    width = max(counts, default=0)
+    offsets = torch.full((len(rows), width + 1), length, dtype=torch.int32)
+    mask = torch.zeros(len(rows), width, dtype=torch.bool)
+    for b, (row, bounds) in enumerate(zip(rows, starts, strict=True)):
+        spans = list(zip(bounds, [*bounds[1:], length], strict=True))[: counts[b]]
+        for n, (start, end) in enumerate(spans):
+            offsets[b, n] = start
+            mask[b, n] = not (end - start == 1 and row[start] in masked)
+    return offsets, mask, torch.tensor(counts, dtype=torch.int32)
