@@ -11,7 +11,8 @@ from pathlib import Path
 from bagformer.data.muge import MugeImages, Query, read_queries
 from bagformer.data.records import write_jsonl, write_tsv
 
-IMAGES, QUERIES, ENTITIES = "imgs.tsv", "queries.jsonl", "entities.txt"
+IMAGES, ENTITIES = "imgs.tsv", "entities.txt"
+QUERIES, UNSEEN_QUERIES = "queries.jsonl", "unseen_queries.jsonl"
 _MOST_ITEMS = 10
 
 
@@ -44,10 +45,10 @@ def write_sample(
     n_pictures: int = 500,
     seed: int = 0,
 ) -> dict[str, int]:
-    """Write ``imgs.tsv``, ``queries.jsonl`` and ``entities.txt`` into the folder ``out``.
+    """Write ``imgs.tsv``, ``queries.jsonl``, ``unseen_queries.jsonl`` and ``entities.txt`` to ``out``.
 
     ``source`` is a folder that :func:`bagformer.data.iconpark.build` wrote. Returns the numbers of
-    pictures, new pictures (see there) and queries. The same bytes each time.
+    pictures, new pictures (see there) and queries of both kinds. The same bytes each time.
     """
     origin, target = Path(source), Path(out)
     meta = json.loads((origin / "meta.json").read_text(encoding="utf-8"))
@@ -59,15 +60,25 @@ def write_sample(
     spare = sorted(set(images) - pictures, key=lambda item: (item not in new, item))
     pictures.update(spare[: n_pictures - len(pictures)])
     target.mkdir(parents=True, exist_ok=True)
-    rows = sorted(queries, key=lambda query: query.query_id)
-    write_jsonl(
-        target / QUERIES,
-        ({"query_id": q.query_id, "query_text": q.text, "item_ids": q.item_ids} for q in rows),
-    )
+    _write_queries(target / QUERIES, queries)
+    unseen = [
+        query
+        for query in read_queries(origin / "MR_valid_unseen_queries.jsonl")
+        if pictures.issuperset(query.item_ids)
+    ]
+    _write_queries(target / UNSEEN_QUERIES, unseen)
     write_tsv(target / IMAGES, ((item, images.encoded(item)) for item in sorted(pictures)))
     shutil.copyfile(origin / "entities.txt", target / ENTITIES)
     return {
         "pictures": len(pictures),
         "new_pictures": len(pictures & new),
         "queries": len(queries),
+        "unseen_queries": len(unseen),
     }
+
+
+def _write_queries(path: Path, queries: list[Query]) -> None:
+    rows = sorted(queries, key=lambda query: query.query_id)
+    write_jsonl(
+        path, ({"query_id": q.query_id, "query_text": q.text, "item_ids": q.item_ids} for q in rows)
+    )
