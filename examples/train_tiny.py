@@ -1,6 +1,6 @@
-"""Train the tiny model that ships with the package, from nothing, on two cores.
+"""Train the tiny model that ships with the package, from nothing, on a CPU.
 
-    python -m bagformer.data.iconpark SET
+    bagformer data iconpark SET
     python examples/train_tiny.py SET OUT --config examples/train_tiny.yaml
 
 Two stages. First the text encoder learns to find, for a text, a free set of vectors of its icon;
@@ -235,6 +235,15 @@ class Trainer:
                 total = 0.0
         learner.load_state_dict(average.copy.state_dict())
 
+    def save(self) -> None:
+        """Matrices and kernels as float16, which halves the file; the model computes in float32."""
+        tensors = {
+            name: tensor.half() if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+            for name, tensor in self.model.state_dict().items()
+        }
+        self.model.save_pretrained(self.out, state_dict=tensors)
+        self.processor.save_pretrained(self.out)
+
     @torch.no_grad()
     def encode_texts(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         self.model.eval()
@@ -310,8 +319,7 @@ def main() -> None:
     trainer = Trainer(arguments.set, arguments.out, config)
     trainer.train_words()
     trainer.train_pictures()
-    trainer.model.half().save_pretrained(arguments.out)
-    trainer.processor.save_pretrained(arguments.out)
+    trainer.save()
 
 
 if __name__ == "__main__":
