@@ -232,14 +232,23 @@ class Trainer:
             if (step + 1) % self.config["every"] == 0 or step + 1 == options["steps"]:
                 features = self.valid_features(average.copy[0], average.copy[1])
                 self.report("pictures", step + 1, total / self.config["every"], average, features)
+                self.save(average)
                 total = 0.0
         learner.load_state_dict(average.copy.state_dict())
 
-    def save(self) -> None:
-        """Matrices and kernels as float16, which halves the file; the model computes in float32."""
+    def save(self, average: Average) -> None:
+        """Write the averaged picture encoder with the rest of the model, and the processor.
+
+        Matrices and kernels are float16, which halves the file; the model computes in float32.
+        """
+        tensors = dict(self.model.state_dict())
+        for name, module in zip(
+            ("vision_model", "vision_proj", "twc_loss"), average.copy, strict=True
+        ):
+            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
         tensors = {
             name: tensor.half() if tensor.is_floating_point() and tensor.dim() > 1 else tensor
-            for name, tensor in self.model.state_dict().items()
+            for name, tensor in tensors.items()
         }
         self.model.save_pretrained(self.out, state_dict=tensors)
         self.processor.save_pretrained(self.out)
@@ -319,7 +328,6 @@ def main() -> None:
     trainer = Trainer(arguments.set, arguments.out, config)
     trainer.train_words()
     trainer.train_pictures()
-    trainer.save()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The tiny model that ships: its size, that it loads, and how well it finds the sample's pictures."""
+"""The tiny model that ships: its size, that it loads, how well it finds pictures of the sample."""
 
 from __future__ import annotations
 
