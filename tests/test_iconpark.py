@@ -46,7 +46,7 @@ def small(monkeypatch, tmp_path):
     pytest.importorskip("resvg_py")
     monkeypatch.setattr(iconpark, "read_icons", lambda tarball: made_up_icons())
     monkeypatch.setattr(iconpark, "VALID_PICTURES", 40)
-    monkeypatch.setattr(iconpark, "VALID_QUERIES", 20)
+    monkeypatch.setattr(iconpark, "MOST_UNSEEN_QUERIES", 20)
     return tmp_path / "set"
 
 
@@ -64,6 +64,10 @@ def test_a_set_is_complete_and_in_muge_format(small):
         assert len(images) == pictures and len(data) > 0 and not data.skipped
         assert images.check() == {}
         assert len(queries) == meta[f"{split}_queries"]
+        if split == "valid":
+            unseen = read_queries(small / "MR_valid_unseen_queries.jsonl")
+            assert len(unseen) == meta["valid_unseen_queries"] == 20
+            assert not MugeDataset(unseen, images).skipped
         side = 96 if split == "train" else 128
         assert images[next(iter(images))].size == (side, side)
     assert json.loads((small / "meta.json").read_text("utf-8")) == meta
@@ -73,13 +77,13 @@ def test_a_set_has_the_same_bytes_each_time(small):
     build(small, tarball="unused", progress=False)
     again = small.with_name("again")
     build(again, tarball="unused", progress=False)
-    assert _digests(small) == _digests(again) and len(_digests(small)) == 6
+    assert _digests(small) == _digests(again) and len(_digests(small)) == 7
 
 
-def test_no_validation_text_occurs_in_training(small):
+def test_no_unseen_text_occurs_in_training(small):
     build(small, tarball="unused", progress=False)
     train = read_queries(small / "MR_train_queries.jsonl")
-    valid = read_queries(small / "MR_valid_queries.jsonl")
+    valid = read_queries(small / "MR_valid_unseen_queries.jsonl")
     assert len(valid) == 20
     assert not {query.text for query in train} & {query.text for query in valid}
     carriers = {i.id: i for i in made_up_icons()}
@@ -90,13 +94,31 @@ def test_no_validation_text_occurs_in_training(small):
         assert {item % 4 for item in query.item_ids} == {0, 1, 2}
 
 
+def test_a_pair_joins_two_training_texts_that_training_never_joins(small):
+    build(small, tarball="unused", progress=False)
+    train = {query.text for query in read_queries(small / "MR_train_queries.jsonl")}
+    characters = {"".join(sorted(text)) for text in train}
+    pairs = read_queries(small / "MR_valid_queries.jsonl")
+    gallery = set(MugeImages(small / "MR_valid_imgs.tsv"))
+    assert len(pairs) >= 5
+    for query in pairs:
+        first, second = query.text.split(" ")
+        assert {first, second} <= train
+        joined = "".join(sorted(first + second))
+        assert joined not in characters, "two queries have the same characters"
+        characters.add(joined)
+        both = [i.id for i in made_up_icons() if first in i.texts and second in i.texts]
+        items = {item_id(icon, "multi-color") for icon in both} & gallery
+        assert set(query.item_ids) == items and items
+
+
 def test_every_held_out_text_stays_answerable():
     icons = made_up_icons()
     split = hold_out(icons, 40, 25)
     assert split == hold_out(icons, 40, 25) and len(split.pictures) == 40
     assert hold_out(icons, 40, 25, seed=1) != split
-    left = {icon.id: set(icon.texts) - set(split.queries) for icon in icons}
-    for text, carriers in split.queries.items():
+    left = {icon.id: set(icon.texts) - set(split.unseen) for icon in icons}
+    for text, carriers in split.unseen.items():
         assert set(carriers) <= set(split.pictures) and all(left[icon] for icon in carriers)
         shares = [sum(c in "".join(left[icon]) for c in text) / len(text) for icon in carriers]
         assert max(shares) > 0.5
@@ -192,8 +214,9 @@ def test_the_shipped_sample_is_whole_and_small():
     images = MugeImages(folder / "imgs.tsv")
     queries = read_queries(folder / "queries.jsonl")
     assert images.check() == {} and len(images) == 500
-    assert len(queries) >= 350 and all(query.item_ids for query in queries)
-    assert not MugeDataset(queries, images).skipped
+    unseen = read_queries(folder / "unseen_queries.jsonl")
+    assert len(queries) == 473 and len(unseen) == 173
+    assert not MugeDataset(queries, images).skipped and not MugeDataset(unseen, images).skipped
     assert {item % 4 for item in images} == {iconpark.THEMES.index("multi-color")}
     assert sum(path.stat().st_size for path in folder.iterdir()) <= 3_000_000
     words = (folder / "entities.txt").read_text("utf-8").splitlines()
@@ -210,7 +233,7 @@ def test_the_real_package_gives_the_shipped_sample(tmp_path):
         pytest.skip(f"SKIPPED LOUDLY: the IconPark package cannot be fetched here: {error}")
     build(tmp_path / "set", tarball=tarball, progress=False)
     write_sample(tmp_path / "set", tmp_path / "sample")
-    for name in ("queries.jsonl", "entities.txt"):
+    for name in ("queries.jsonl", "unseen_queries.jsonl", "entities.txt"):
         assert (tmp_path / "sample" / name).read_bytes() == (sample_path() / name).read_bytes()
     made, shipped = (MugeImages(f / "imgs.tsv") for f in (tmp_path / "sample", sample_path()))
     assert list(made) == list(shipped)

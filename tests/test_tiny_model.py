@@ -12,8 +12,9 @@ from bagformer import BagFormerForRetrieval, BagFormerProcessor, maxsim
 from bagformer.assets import sample_path, tiny_model_path, vocabulary_path
 from bagformer.data.muge import MugeImages, read_queries
 
-# Measured when the model was trained (examples/train_tiny.log.jsonl), in per cent of the queries.
-MEASURED = {1: 0.0, 10: 0.0}
+# What examples/train_tiny.py measured on the model that it saved, in percent of the queries.
+MEASURED = json.loads((tiny_model_path() / "metrics.json").read_text(encoding="utf-8"))
+KINDS = {"sample": "queries.jsonl", "sample_unseen": "unseen_queries.jsonl"}
 SLACK = 1.0
 
 
@@ -30,23 +31,28 @@ def processor():
 @pytest.fixture(scope="module")
 def sample():
     images = MugeImages(sample_path() / "imgs.tsv")
-    return (
-        list(images),
-        [images[item] for item in images],
-        read_queries(sample_path() / "queries.jsonl"),
-    )
+    queries = {kind: read_queries(sample_path() / name) for kind, name in KINDS.items()}
+    return list(images), [images[item] for item in images], queries
 
 
 @pytest.fixture(scope="module")
-def features(model, processor, sample):
-    _, pictures, queries = sample
+def texts(model, processor, sample):
     with torch.no_grad():
-        text = model.get_text_features(**processor(text=[query.text for query in queries]))
+        return {
+            kind: model.get_text_features(**processor(text=[query.text for query in queries]))
+            for kind, queries in sample[2].items()
+        }
+
+
+@pytest.fixture(scope="module")
+def pictures(model, processor, sample):
+    pictures = sample[1]
+    with torch.no_grad():
         parts = [
             model.get_image_features(**processor(images=pictures[start : start + 100]))
             for start in range(0, len(pictures), 100)
         ]
-    return text, torch.cat([part.image_features for part in parts]), parts[0].patch_grid
+    return torch.cat([part.image_features for part in parts]), parts[0].patch_grid
 
 
 def test_the_file_is_small_and_holds_half_precision_matrices():
@@ -67,23 +73,25 @@ def test_it_computes_in_float32(model):
 def test_its_tokenizer_is_the_shipped_vocabulary_and_lower_cases(processor):
     words = vocabulary_path().read_text("utf-8").removesuffix("\n").split("\n")
     assert len(words) == 21128
-    assert processor.tokenizer.get_vocab() == {word: n for n, word in enumerate(words)}
+    # transformers strips the two lines that hold a line separator, which is never part of a word
+    assert processor.tokenizer.get_vocab() == {word.strip(): n for n, word in enumerate(words)}
     upper, lower = processor(text="T恤"), processor(text="t恤")
     assert upper["input_ids"].equal(lower["input_ids"])
     assert processor.tokenizer.unk_token_id not in upper["input_ids"]
 
 
-def test_features_are_unit_vectors_and_heatmaps_have_a_grid(features):
-    text, image, grid = features
+def test_features_are_unit_vectors_and_heatmaps_have_a_grid(texts, pictures):
+    text, (image, grid) = texts["sample"], pictures
     assert image.shape[1] == 1 + grid[0] * grid[1] and grid[0] * grid[1] >= 16
     torch.testing.assert_close(image.norm(dim=-1), torch.ones(image.shape[:2]))
     counted = text.text_features[text.text_mask]
     torch.testing.assert_close(counted.norm(dim=-1), torch.ones(len(counted)))
 
 
-def test_it_finds_the_sample_as_well_as_when_it_was_trained(features, sample):
-    items, _, queries = sample
-    text, image, _ = features
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_finds_the_sample_as_well_as_when_it_was_trained(texts, pictures, sample, kind):
+    items, queries = sample[0], sample[2][kind]
+    text, image = texts[kind], pictures[0]
     scores = maxsim(
         text.text_features,
         image,
@@ -97,14 +105,21 @@ def test_it_finds_the_sample_as_well_as_when_it_was_trained(features, sample):
         own = row[[place[item] for item in query.item_ids]]
         # a picture that scores the same as the best relevant one counts against it
         ranks.append(int((row >= own.max()).sum()) - int((own == own.max()).sum()))
-    for k, measured in MEASURED.items():
+    assert MEASURED[kind]["pictures"] == len(items) and MEASURED[kind]["queries"] == len(queries)
+    for k in (1, 5, 10):
         recall = 100 * sum(rank < k for rank in ranks) / len(ranks)
-        assert recall >= measured - SLACK, f"R@{k} is {recall:.1f}, was {measured}"
+        assert abs(recall - MEASURED[kind][f"R@{k}"]) <= SLACK
+
+
+def test_it_reaches_what_the_project_promises():
+    for kind in KINDS:
+        assert MEASURED[kind]["R@1"] >= 60 and MEASURED[kind]["R@10"] >= 90
 
 
 def test_many_queries_have_several_bags(processor, sample):
-    bags = processor.bag_texts([query.text for query in sample[2]])
+    queries = [query for rows in sample[2].values() for query in rows]
+    bags = processor.bag_texts([query.text for query in queries])
     several = sum(len(row) > 1 for row in bags) / len(bags)
     assert several > 0.5
-    for query, row in zip(sample[2], bags, strict=True):
-        assert "".join(row) == query.text
+    for query, row in zip(queries, bags, strict=True):
+        assert "".join(row) == query.text.replace(" ", "")

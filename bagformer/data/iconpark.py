@@ -4,7 +4,7 @@ The icons are those of the npm package ``@icon-park/svg`` (Apache-2.0). Training
 themes outline, filled and two-tone; validation pictures are the theme multi-color.
 
 There are two kinds of validation queries. ``MR_valid_queries.jsonl`` has pairs: two texts of an
-icon, a title or tag each, side by side ("高领毛衣 冬装"). Each of the two is a training query of its
+icon, a title or tag each, side by side ("汽水 奶茶"). Each of the two is a training query of its
 own, the two together are not: no training query has the characters of a pair, in any order.
 ``MR_valid_unseen_queries.jsonl`` has titles and tags that were taken away from training altogether,
 for every icon: the harder question. So that it can be answered without knowledge of the world, more
@@ -225,7 +225,8 @@ def pair_texts(
             (first, second)
             for place, first in enumerate(plain)
             for second in plain[place + 1 :]
-            if first not in second and second not in first
+            if first not in second
+            and second not in first
             # one text, or one query, is not to be had by putting the characters of another in order
             and "".join(sorted(first + second)) not in known
         ]
@@ -286,8 +287,8 @@ def build(
     """Write the set into the folder ``out`` and return what ``meta.json`` in it says.
 
     ``MR_{train,valid}_imgs.tsv``, ``MR_{train,valid,valid_unseen}_queries.jsonl``, ``entities.txt``
-    (one word a line, see :func:`bagformer.data.words.entity_words`) and ``meta.json``. The same bytes each time
-    with one release of resvg-py. The folder appears when all of it is written. ``tarball`` is the
+    (one word a line, see :func:`bagformer.data.words.entity_words`) and ``meta.json``. The same
+    bytes each time with one release of resvg-py. The folder appears when all of it is written. ``tarball`` is the
     npm package where it is already here; else it is downloaded.
 
     Raises FileExistsError if ``out`` has files and ``overwrite`` is False; RuntimeError where npm,
@@ -325,7 +326,9 @@ def _write(icons: list[Icon], folder: Path, progress: bool) -> dict[str, Any]:
     train_rows = list(_train_rows(icons, split.unseen))
     write_jsonl(folder / "MR_train_queries.jsonl", train_rows)
     write_jsonl(folder / "MR_valid_queries.jsonl", _valid_rows(split.pairs, FIRST_PAIR_ID))
-    write_jsonl(folder / "MR_valid_unseen_queries.jsonl", _valid_rows(split.unseen, FIRST_UNSEEN_ID))
+    write_jsonl(
+        folder / "MR_valid_unseen_queries.jsonl", _valid_rows(split.unseen, FIRST_UNSEEN_ID)
+    )
     words = entity_words(row["query_text"] for row in train_rows)
     (folder / "entities.txt").write_text("\n".join(words) + "\n", encoding="utf-8", newline="\n")
     meta = {

@@ -45,7 +45,7 @@ def write_sample(
     n_pictures: int = 500,
     seed: int = 0,
 ) -> dict[str, int]:
-    """Write ``imgs.tsv``, ``queries.jsonl``, ``unseen_queries.jsonl`` and ``entities.txt`` to ``out``.
+    """Write ``imgs.tsv``, both files of queries and ``entities.txt`` into the folder ``out``.
 
     ``source`` is a folder that :func:`bagformer.data.iconpark.build` wrote. Returns the numbers of
     pictures, new pictures (see there) and queries of both kinds. The same bytes each time.
