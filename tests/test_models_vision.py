@@ -13,6 +13,7 @@ from bagformer.models.configuration_bagformer import BagFormerVisionConfig
 from bagformer.models.vision import VisionEncoder, find_layout
 
 SMALL = {"embed_dim": 32, "depth": 1, "num_heads": 2}
+CONVNEXT = {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 24)}
 # backbone, size, arguments, kind, prefix, has CLS, grid
 BACKBONES = [
     ("vit_base_patch16_224", 64, SMALL, "tokens", 1, True, (4, 4)),
@@ -22,15 +23,7 @@ BACKBONES = [
     ("eva02_tiny_patch14_224", 56, {"depth": 1}, "tokens", 1, True, (4, 4)),
     ("resnet10t", 64, {}, "nchw", 0, False, (2, 2)),
     ("mobilenetv3_small_050", 64, {}, "nchw", 0, False, (2, 2)),
-    (
-        "convnext_atto",
-        64,
-        {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 24)},
-        "nchw",
-        0,
-        False,
-        (2, 2),
-    ),
+    ("convnext_atto", 64, CONVNEXT, "nchw", 0, False, (2, 2)),
     (
         "swin_tiny_patch4_window7_224",
         64,
@@ -49,10 +42,9 @@ def encoder_of(name, size, options) -> VisionEncoder:
     return VisionEncoder(config).eval()
 
 
-@pytest.mark.parametrize(
-    ("name", "size", "options", "kind", "prefix", "has_cls", "grid"), BACKBONES
-)
-def test_tokens_of_every_kind_of_backbone(name, size, options, kind, prefix, has_cls, grid):
+@pytest.mark.parametrize("case", BACKBONES, ids=lambda case: case[0])
+def test_tokens_of_every_kind_of_backbone(case):
+    name, size, options, kind, prefix, has_cls, grid = case
     encoder = encoder_of(name, size, options)
     pixels = torch.randn(2, 3, size, size)
     with torch.no_grad():
@@ -71,8 +63,9 @@ def test_tokens_of_every_kind_of_backbone(name, size, options, kind, prefix, has
     torch.testing.assert_close(tokens[:, 0], first)
 
 
-@pytest.mark.parametrize(("name", "size", "options"), [row[:3] for row in BACKBONES])
-def test_whole_model_on_every_backbone(name, size, options, tmp_path):
+@pytest.mark.parametrize("case", BACKBONES, ids=lambda case: case[0])
+def test_whole_model_on_every_backbone(case, tmp_path):
+    name, size, options = case[:3]
     model = tiny_model(vision_config={"backbone": name, "image_size": size, "kwargs": options})
     inputs = make_inputs(size=size)
     model.train()
