@@ -223,6 +223,9 @@ class BagFormer(nn.Module):
     ``BertModel.from_pretrained`` takes; a folder without weights, such as one with a vocabulary
     alone, leaves BERT freshly initialised. Momentum copies and queues are not kept.
 
+    A new model is in evaluation mode: the original's README never leaves training mode, so that its
+    numbers change with every run; the recorded ones are without dropout.
+
     ``visual_encoder(image)`` gives tokens ``[B, P, W]``, ``text_encoder(ids, attention_mask=,
     mode=)`` an output with ``last_hidden_state``. ``retrieval`` is the same model behind our own
     interface, sharing all weights.
@@ -248,6 +251,7 @@ class BagFormer(nn.Module):
         self.temp = model.temp
         if text_encoder is not None:
             self._load_bert(str(text_encoder))
+        self.eval()
 
     def _load_bert(self, source: str) -> None:
         from transformers import BertModel

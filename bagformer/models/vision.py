@@ -109,7 +109,8 @@ def probe(config: BagFormerVisionConfig) -> tuple[Layout, list[str]]:
                         f"{config.image_size} pixels: {error}"
                     ) from error
                 continue
-            unused = [name for name in _HEADS if hasattr(model, name) and name not in entered]
+            parts = dict(model.named_children())
+            unused = [name for name in _HEADS if name in parts and name not in entered]
             return find_layout(model, features), unused
     raise AssertionError("the CPU run returns or raises")
 
