@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import BertConfig, PreTrainedConfig
@@ -38,6 +40,14 @@ def choose(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def refuse_misspelt(config: PreTrainedConfig, unknown: Iterable[str]) -> None:
+    """transformers keeps any argument as an attribute; one that is nearly a field is a mistake."""
+    known = [name for name in type(config).__dataclass_fields__ if name not in unknown]
+    for name in unknown:
+        if near := get_close_matches(name, known, n=1, cutoff=0.8):
+            raise ValueError(f"unknown argument {name!r}, did you mean {near[0]!r}?")
+
+
 class BagFormerVisionConfig(PreTrainedConfig):
     """The picture side: any timm backbone.
 
@@ -56,6 +66,7 @@ class BagFormerVisionConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         short = kwargs.pop("kwargs", None)
+        refuse_misspelt(self, kwargs)
         if not isinstance(self.backbone, str) or not self.backbone:
             raise ValueError(f"vision_config.backbone must be a timm name, got {self.backbone!r}")
         if not isinstance(self.image_size, int) or self.image_size < 1:
@@ -109,6 +120,7 @@ class BagFormerConfig(PreTrainedConfig):
     max_text_length: int = 25
 
     def __post_init__(self, **kwargs: Any) -> None:
+        refuse_misspelt(self, kwargs)
         for name, config_class in self.sub_configs.items():
             value = getattr(self, name)
             if value is None or isinstance(value, dict):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -130,12 +131,16 @@ def _vision(tensors: dict[str, Tensor], heads: int | None, image_size: int | Non
     size = image_size or round((positions - 1) ** 0.5) * patch
     if size % patch:
         raise ValueError(f"image_size={size} is no multiple of the patch size {patch}")
+    ratio = hidden / width
+    if int(width * ratio) < hidden:
+        # timm multiplies and cuts off
+        ratio = math.nextafter(ratio, math.inf)
     options = {
         "patch_size": patch,
         "embed_dim": width,
         "depth": _count(tensors, r"visual_encoder\.blocks\.(\d+)\."),
         "num_heads": _heads(heads, width, "vision_heads"),
-        "mlp_ratio": hidden / width,
+        "mlp_ratio": ratio,
     }
     return {"backbone": BACKBONE, "image_size": size, "backbone_kwargs": options}
 
@@ -215,7 +220,7 @@ def check_tensors(config: BagFormerConfig, tensors: dict[str, Tensor]) -> list[s
     """Compare names and shapes with the model of ``config``; nothing is allocated.
 
     Returns the names that the model does not know. Raises ValueError listing everything missing and
-    everything of a wrong shape.
+    everything of a wrong shape or type.
     """
     with torch.device("meta"):
         expected = {
@@ -227,6 +232,8 @@ def check_tensors(config: BagFormerConfig, tensors: dict[str, Tensor]) -> list[s
         shape = list(tensors[name].shape)
         if shape != expected[name]:
             problems.append(f"wrong shape: {name} is {shape}, expected {expected[name]}")
+        elif not tensors[name].is_floating_point():
+            problems.append(f"wrong type: {name} is {tensors[name].dtype}, expected floats")
     if problems:
         raise ValueError("the checkpoint does not fit:\n  " + "\n  ".join(problems))
     return sorted(tensors.keys() - expected.keys())
