@@ -62,7 +62,7 @@ class BagFormerVisionConfig(PreTrainedConfig):
 
     backbone: str = "vit_base_patch16_224"
     image_size: int = 256
-    backbone_kwargs: dict | None = None
+    backbone_kwargs: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         short = kwargs.pop("kwargs", None)
@@ -101,17 +101,17 @@ class BagFormerConfig(PreTrainedConfig):
     model_type = "bagformer"
     sub_configs = {"vision_config": BagFormerVisionConfig, "text_config": BertConfig}  # noqa: RUF012
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    text_config: Any = None
     embed_dim: int = 256
     fusion: str = "late"
     interaction: str = "bagwise"
-    fusion_layer: int | None = None
+    fusion_layer: Any = None
     protocol: str = "corrected"
-    matcher: str | None = None
-    mask_mode: str | None = None
-    masked_tokens: list | tuple | None = None
-    sep_token: bool | None = None
+    matcher: Any = None
+    mask_mode: Any = None
+    masked_tokens: Any = None
+    sep_token: Any = None
     reduction: str = "sum"
     temperature: str | float | None = "auto"
     cls_temperature: float = 0.07

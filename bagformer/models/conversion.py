@@ -164,8 +164,8 @@ def _text(tensors: dict[str, Tensor], bert_config: dict, heads: int | None) -> t
             raise ValueError(
                 f"bert_config: {name} is {bert_config[name]}, the checkpoint has {value}"
             )
-    known = ("hidden_act", "layer_norm_eps", "initializer_range", "pad_token_id")
-    known += ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    known = ["hidden_act", "layer_norm_eps", "initializer_range", "pad_token_id"]
+    known += ["hidden_dropout_prob", "attention_probs_dropout_prob"]
     options = {name: bert_config[name] for name in known if name in bert_config}
     heads = bert_config.get("num_attention_heads") if heads is None else heads
     options["num_attention_heads"] = _heads(heads, hidden, "text_heads")
@@ -195,12 +195,13 @@ def infer_config(
             f"not a BagFormer checkpoint: no name starts with visual_encoder. or text_encoder.; it "
             f"has {some}"
         )
-    if isinstance(bert_config, (str, Path)):
+    known: Any = bert_config or {}
+    if isinstance(known, (str, Path)):
         try:
-            bert_config = json.loads(Path(bert_config).read_text(encoding="utf-8"))
+            known = json.loads(Path(known).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"bert_config {bert_config} is not JSON: {error}") from error
-    text, first = _text(tensors, bert_config or {}, text_heads)
+    text, first = _text(tensors, known, text_heads)
     return BagFormerConfig(
         vision_config=_vision(tensors, vision_heads, image_size),
         text_config=text,
