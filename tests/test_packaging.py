@@ -48,7 +48,9 @@ print(json.dumps([found, getattr(module, "__file__", None)]))
 
 
 def test_our_kernels_are_bagformer_kernels():
-    assert _python("import bagformer.kernels as k; print(k.__name__)").strip() == "bagformer.kernels"
+    assert (
+        _python("import bagformer.kernels as k; print(k.__name__)").strip() == "bagformer.kernels"
+    )
 
 
 def test_import_is_quick_and_needs_no_triton():
@@ -71,12 +73,16 @@ def built(tmp_path_factory) -> tuple[Path, Path]:
     out = tmp_path_factory.mktemp("dist")
     backend = "import setuptools.build_meta as b, sys; print(b.{0}(sys.argv[1]))"
     run = [sys.executable, "-c"]
-    subprocess.run([*run, backend.format("build_sdist"), str(out)], cwd=ROOT, check=True, capture_output=True)
+    subprocess.run(
+        [*run, backend.format("build_sdist"), str(out)], cwd=ROOT, check=True, capture_output=True
+    )
     sdist = next(out.glob("*.tar.gz"))
     with tarfile.open(sdist) as archive:
         archive.extractall(out / "unpacked", filter="data")
     source = next((out / "unpacked").iterdir())
-    subprocess.run([*run, backend.format("build_wheel"), str(out)], cwd=source, check=True, capture_output=True)
+    subprocess.run(
+        [*run, backend.format("build_wheel"), str(out)], cwd=source, check=True, capture_output=True
+    )
     return sdist, next(out.glob("*.whl"))
 
 
@@ -87,7 +93,9 @@ def test_sdist_to_wheel_holds_the_whole_package_and_nothing_else(built):
     assert {top for top in tops if not top.endswith(".dist-info")} == {"bagformer"}
     assert any(name.startswith("bagformer/_C.") for name in names)
     assert "bagformer/kernels/__init__.py" in names and "bagformer/py.typed" in names
-    assert any(name.startswith("bagformer/assets/") and name.endswith(".safetensors") for name in names)
+    assert any(
+        name.startswith("bagformer/assets/") and name.endswith(".safetensors") for name in names
+    )
 
 
 @pytest.mark.slow
