@@ -3,13 +3,19 @@
 The icons are those of the npm package ``@icon-park/svg`` (Apache-2.0). Training pictures are the
 themes outline, filled and two-tone; validation pictures are the theme multi-color.
 
-What is kept apart. A validation query is a title or tag that was taken away from training
-altogether: no training query has its text, for this icon or any other. So that it can be answered
-without knowledge of the world, at least half of its characters must occur in another text of each
-icon that carries it, and each of these icons keeps at least one text. ``item_ids`` are all the
-icons that carry the text. The drawings are not kept apart to the same degree: where an icon has no
-surface to fill, or none inside another, its multi-color drawing equals a training one. The ids of
-those that do differ are in ``meta.json`` under ``new_pictures``; the sample holds these only.
+There are two kinds of validation queries. ``MR_valid_queries.jsonl`` has pairs: two texts of an
+icon, a title or tag each, side by side ("汽水 奶茶"). Each of the two is a training query of its
+own, the two together are not: no training query has the characters of a pair, in any order.
+``MR_valid_unseen_queries.jsonl`` has titles and tags that were taken away from training altogether,
+for every icon: the harder question. So that it can be answered without knowledge of the world, more
+than half of its characters must occur in other texts of one of its icons, and each icon keeps at
+least one text. The items of a query are all validation pictures whose icon carries its text, or
+both of its texts.
+
+The drawings are kept apart less strictly: an icon is seen in training, in its other themes, and
+where it has no surface to fill, or none inside another, its multi-color drawing equals a training
+one at the same size. The ids of those that differ from all three are in ``meta.json`` under
+``new_pictures``.
 """
 
 from __future__ import annotations
@@ -31,7 +37,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from bagformer.data.muge import MugeImages, read_queries, write_jsonl, write_tsv
+from bagformer.data.records import write_jsonl, write_tsv
 from bagformer.data.words import entity_words
 
 PACKAGE = "@icon-park/svg"
@@ -39,8 +45,10 @@ VERSION = "1.4.2"
 TARBALL_SHA256 = "fbd548c2d6c3830a56828c9cf09787d61ce2a74a4f398919059e111de17c504b"
 THEMES = ("outline", "filled", "two-tone", "multi-color")
 TRAIN_SIZE, VALID_SIZE = 96, 128
-VALID_PICTURES, VALID_QUERIES = 2000, 1500
-FIRST_VALID_QUERY_ID = 100_000
+VALID_PICTURES, MOST_UNSEEN_QUERIES = 2000, 1500
+FIRST_PAIR_ID, FIRST_UNSEEN_ID = 100_000, 200_000
+# Texts that a validation query is made of.
+_PLAIN = re.compile(r"[\u3400-\u9fff]{2,8}")
 SEED = 20261125
 
 _DRAW = """
@@ -62,10 +70,11 @@ class Icon(NamedTuple):
 
 
 class Split(NamedTuple):
-    """Icon numbers of the validation pictures, and the icons of each validation query."""
+    """Icon numbers of the validation pictures, and the icons of each query of either kind."""
 
     pictures: list[int]
-    queries: dict[str, list[int]]
+    pairs: dict[str, list[int]]
+    unseen: dict[str, list[int]]
 
 
 def clean_text(text: str) -> str:
@@ -136,7 +145,7 @@ def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> 
     target = (folder / member.name).resolve()
     source = archive.extractfile(member)
     if source is None or not target.is_relative_to(folder.resolve()):
-        raise ValueError(f"{archive.name}: unexpected member {member.name!r}")
+        raise ValueError(f"{archive.name!r}: unexpected member {member.name!r}")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(source.read())
 
@@ -145,43 +154,87 @@ def _texts(raw: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in map(clean_text, raw) if text))
 
 
-def _is_supported(query: str, texts: Iterable[str]) -> bool:
-    known = set("".join(texts))
-    return 2 * sum(character in known for character in query) >= len(query)
+class _Texts:
+    """Texts left to each icon while validation queries are being taken away."""
+
+    def __init__(self, icons: list[Icon]) -> None:
+        self.carriers: dict[str, list[int]] = defaultdict(list)
+        for icon in icons:
+            for text in icon.texts:
+                self.carriers[text].append(icon.id)
+        self.left = {icon.id: set(icon.texts) for icon in icons}
+        self.held: dict[int, list[str]] = defaultdict(list)
+
+    def _is_answerable(self, query: str, without: str) -> bool:
+        for icon in self.carriers[query]:
+            known = set("".join(self.left[icon] - {without}))
+            if 2 * sum(character in known for character in query) > len(query):
+                return True
+        return False
+
+    def can_lose(self, text: str) -> bool:
+        """Whether ``text``, and every query held out before, stays answerable without ``text``."""
+        icons = self.carriers[text]
+        earlier = {query for icon in icons for query in self.held[icon]}
+        return all(len(self.left[icon]) > 1 for icon in icons) and all(
+            self._is_answerable(query, text) for query in [text, *sorted(earlier)]
+        )
+
+    def lose(self, text: str) -> None:
+        for icon in self.carriers[text]:
+            self.left[icon].discard(text)
+            self.held[icon].append(text)
 
 
-def hold_out(icons: list[Icon], n_pictures: int, n_queries: int, seed: int = SEED) -> Split:
-    """Choose validation queries and pictures by the rules at the head of this module."""
+def hold_out(icons: list[Icon], n_pictures: int, max_queries: int, seed: int = SEED) -> Split:
+    """Choose validation pictures and queries by the rules at the head of this module."""
     rng = random.Random(seed)
-    carriers: dict[str, list[int]] = defaultdict(list)
-    for icon in icons:
-        for text in icon.texts:
-            carriers[text].append(icon.id)
-    left = {icon.id: set(icon.texts) for icon in icons}
-    held: dict[int, list[str]] = defaultdict(list)
-    candidates = sorted(text for text in carriers if re.fullmatch(r"[\u3400-\u9fff]{2,8}", text))
+    texts = _Texts(icons)
+    candidates = sorted(filter(_PLAIN.fullmatch, texts.carriers))
     rng.shuffle(candidates)
     queries: dict[str, list[int]] = {}
     gallery: set[int] = set()
     for text in candidates:
-        if len(queries) == n_queries:
+        if len(queries) == max_queries:
             break
-        icons_of = carriers[text]
-        fits = len(gallery.union(icons_of)) <= n_pictures and all(
-            len(left[icon]) > 1
-            and all(_is_supported(query, left[icon] - {text}) for query in [*held[icon], text])
-            for icon in icons_of
-        )
-        if fits:
-            queries[text] = icons_of
-            gallery.update(icons_of)
-            for icon in icons_of:
-                left[icon].discard(text)
-                held[icon].append(text)
-    others = sorted(set(left) - gallery)
+        wider = gallery.union(texts.carriers[text])
+        if len(wider) <= n_pictures and texts.can_lose(text):
+            texts.lose(text)
+            queries[text], gallery = texts.carriers[text], wider
+    others = sorted(set(texts.left) - gallery)
     rng.shuffle(others)
     pictures = sorted([*gallery, *others[: n_pictures - len(gallery)]])
-    return Split(pictures, dict(sorted(queries.items())))
+    return Split(pictures, pair_texts(icons, pictures, queries, rng), dict(sorted(queries.items())))
+
+
+def pair_texts(
+    icons: list[Icon], pictures: list[int], unseen: Iterable[str], rng: random.Random
+) -> dict[str, list[int]]:
+    """A query of two training texts for each of these icons that has two to join."""
+    held, gallery = set(unseen), set(pictures)
+    known = {"".join(sorted(text)) for icon in icons for text in icon.texts}
+    kept = {icon.id: [t for t in icon.texts if t not in held] for icon in icons}
+    carriers: dict[str, set[int]] = defaultdict(set)
+    for number in pictures:
+        for text in kept[number]:
+            carriers[text].add(number)
+    pairs: dict[str, list[int]] = {}
+    for number in pictures:
+        plain = [text for text in kept[number] if _PLAIN.fullmatch(text)]
+        choices = [
+            (first, second)
+            for place, first in enumerate(plain)
+            for second in plain[place + 1 :]
+            if first not in second
+            and second not in first
+            # one text, or one query, is not to be had by putting the characters of another in order
+            and "".join(sorted(first + second)) not in known
+        ]
+        if choices:
+            first, second = rng.choice(choices)
+            known.add("".join(sorted(first + second)))
+            pairs[f"{first} {second}"] = sorted(carriers[first] & carriers[second] & gallery)
+    return dict(sorted(pairs.items()))
 
 
 def draw(svg: str, size: int) -> bytes:
@@ -189,9 +242,7 @@ def draw(svg: str, size: int) -> bytes:
     try:
         import resvg_py
     except ImportError as error:
-        raise RuntimeError(
-            "drawing needs resvg-py: pip install 'bagformer[data]'"
-        ) from error
+        raise RuntimeError("drawing needs resvg-py: pip install 'bagformer[data]'") from error
     picture = resvg_py.svg_to_bytes(
         svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True
     )
@@ -220,8 +271,8 @@ def _train_rows(icons: list[Icon], held: Iterable[str]) -> Iterator[dict[str, An
         yield {"query_id": number, "query_text": text, "item_ids": items[text]}
 
 
-def _valid_rows(split: Split) -> Iterator[dict[str, Any]]:
-    for number, (text, icons) in enumerate(split.queries.items(), FIRST_VALID_QUERY_ID):
+def _valid_rows(queries: dict[str, list[int]], first_id: int) -> Iterator[dict[str, Any]]:
+    for number, (text, icons) in enumerate(queries.items(), first_id):
         items = [item_id(icon, "multi-color") for icon in icons]
         yield {"query_id": number, "query_text": text, "item_ids": items}
 
@@ -235,9 +286,9 @@ def build(
 ) -> dict[str, Any]:
     """Write the set into the folder ``out`` and return what ``meta.json`` in it says.
 
-    ``MR_{train,valid}_imgs.tsv``, ``MR_{train,valid}_queries.jsonl``, ``entities.txt`` (one word a
-    line, see :func:`bagformer.data.words.entity_words`) and ``meta.json``. The same bytes each time
-    with one release of resvg-py. The folder appears when all of it is written. ``tarball`` is the
+    ``MR_{train,valid}_imgs.tsv``, ``MR_{train,valid,valid_unseen}_queries.jsonl``, ``entities.txt``
+    (one word a line, see :func:`bagformer.data.words.entity_words`) and ``meta.json``. The same
+    bytes each time with one release of resvg-py. The folder appears when all of it is written. ``tarball`` is the
     npm package where it is already here; else it is downloaded.
 
     Raises FileExistsError if ``out`` has files and ``overwrite`` is False; RuntimeError where npm,
@@ -258,7 +309,7 @@ def build(
 
 
 def _write(icons: list[Icon], folder: Path, progress: bool) -> dict[str, Any]:
-    split = hold_out(icons, VALID_PICTURES, VALID_QUERIES)
+    split = hold_out(icons, VALID_PICTURES, MOST_UNSEEN_QUERIES)
     by_id = {icon.id: icon for icon in icons}
     valid = [by_id[number] for number in split.pictures]
     bar = tqdm(total=3 * len(icons) + len(valid), unit="picture", disable=not progress)
@@ -272,9 +323,12 @@ def _write(icons: list[Icon], folder: Path, progress: bool) -> dict[str, Any]:
         write_tsv(folder / "MR_train_imgs.tsv", counted(_train_pictures(icons)))
         coloured = ((item_id(i.id, THEMES[3]), draw(i.svg[3], VALID_SIZE)) for i in valid)
         write_tsv(folder / "MR_valid_imgs.tsv", counted(coloured))
-    train_rows = list(_train_rows(icons, split.queries))
+    train_rows = list(_train_rows(icons, split.unseen))
     write_jsonl(folder / "MR_train_queries.jsonl", train_rows)
-    write_jsonl(folder / "MR_valid_queries.jsonl", _valid_rows(split))
+    write_jsonl(folder / "MR_valid_queries.jsonl", _valid_rows(split.pairs, FIRST_PAIR_ID))
+    write_jsonl(
+        folder / "MR_valid_unseen_queries.jsonl", _valid_rows(split.unseen, FIRST_UNSEEN_ID)
+    )
     words = entity_words(row["query_text"] for row in train_rows)
     (folder / "entities.txt").write_text("\n".join(words) + "\n", encoding="utf-8", newline="\n")
     meta = {
@@ -282,7 +336,8 @@ def _write(icons: list[Icon], folder: Path, progress: bool) -> dict[str, Any]:
         "train_pictures": 3 * len(icons),
         "train_queries": len(train_rows),
         "valid_pictures": len(valid),
-        "valid_queries": len(split.queries),
+        "valid_queries": len(split.pairs),
+        "valid_unseen_queries": len(split.unseen),
         "entities": len(words),
         "new_pictures": [item_id(icon.id, THEMES[3]) for icon in valid if _is_new(icon)],
     }
@@ -292,6 +347,12 @@ def _write(icons: list[Icon], folder: Path, progress: bool) -> dict[str, Any]:
 
 
 def _replace(made: Path, target: Path, old: Path) -> None:
-    if target.exists():
-        os.replace(target, old)
-    os.replace(made, target)
+    if not target.exists():
+        os.replace(made, target)
+        return
+    os.replace(target, old)
+    try:
+        os.replace(made, target)
+    except OSError:
+        os.replace(old, target)
+        raise
