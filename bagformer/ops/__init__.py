@@ -1,0 +1,1 @@
+"""Scoring operators: one file per operator, each a ``torch.library`` op under ``bagformer::``."""

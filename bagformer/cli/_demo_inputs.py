@@ -1,0 +1,109 @@
+"""The queries and pictures of the demo: the shipped sample, or the user's own."""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from bagformer.cli._common import SAMPLE, CommandError
+from bagformer.cli._pictures import Gallery
+
+
+@dataclass
+class Inputs:
+    """``texts``, the pictures, and per text the keys of its pictures (None: nobody said)."""
+
+    name: str
+    texts: list[str]
+    gallery: Gallery
+    wanted: list[tuple[Any, ...]] | None
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def relevant(self) -> list[list[int]] | None:
+        """Per text the places of its pictures in ``gallery.keys``, once they have been read."""
+        if self.wanted is None:
+            return None
+        place = {key: index for index, key in enumerate(self.gallery.keys)}
+        found: list[list[int]] = []
+        for keys in self.wanted:
+            found.append([place[key] for key in keys if key in place])
+            self.skipped["picture of a query that is not there"] += len(keys) - len(found[-1])
+        self.skipped = +self.skipped
+        return found
+
+
+def _only(folder: Path, pattern: str) -> Path:
+    found = sorted(folder.glob(pattern))
+    if len(found) != 1:
+        raise CommandError(
+            f"{folder}: expected one {pattern}, found {len(found)}: reinstall bagformer", 1
+        )
+    return found[0]
+
+
+def sample_files() -> tuple[Path, Path]:
+    """The shipped queries and pictures. Raises CommandError where they are not installed."""
+    return _only(SAMPLE, "*queries.jsonl"), _only(SAMPLE, "*imgs.tsv")
+
+
+def _by_name(gallery: Gallery) -> dict[str, Any]:
+    """Keys by what a query file may call them: the id, the file name with or without its suffix."""
+    names: dict[str, Any] = {}
+    for key in gallery.keys:
+        for name in (Path(str(key)).stem, Path(str(key)).name, str(key)):
+            names[name] = key
+    return names
+
+
+def _read_lines(path: Path) -> list[str]:
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{path}: not UTF-8: {error}") from error
+    return [line.strip() for line in lines if line.strip()]
+
+
+def _match(rows: Any, gallery: Gallery, skip: bool, path: Path) -> list[tuple[Any, ...]] | None:
+    if not any(query.item_ids for query in rows):
+        return None
+    names = _by_name(gallery)
+    wanted = []
+    for query in rows:
+        keys = [names.get(str(item)) for item in query.item_ids]
+        if None in keys and not skip:
+            lost = query.item_ids[keys.index(None)]
+            raise CommandError(
+                f"{path}:{query.line}: item_ids: no picture {lost!r} "
+                "(--skip-errors leaves such pictures out)"
+            )
+        wanted.append(tuple(key for key in keys if key is not None))
+    return wanted
+
+
+def read_inputs(args: argparse.Namespace) -> Inputs:
+    """What the arguments ask for. Raises CommandError and the readers' errors, naming the place."""
+    if (args.images is None) != (args.queries is None):
+        missing = "--queries" if args.queries is None else "--images"
+        raise CommandError(f"{missing} is missing: your own pictures and queries go together")
+    if args.images is None:
+        path, images = sample_files()
+        name, sources = "the shipped sample of IconPark drawings", [images]
+    else:
+        path, sources = args.queries, args.images
+        name = " ".join(map(str, sources))
+    gallery = Gallery(sources, args.skip_errors)
+    if path.suffix != ".jsonl":
+        texts, wanted, skipped = _read_lines(path), None, Counter()
+    else:
+        from bagformer.data.muge import read_queries
+
+        rows = read_queries(path, on_error="skip" if args.skip_errors else "raise")
+        texts = [query.text for query in rows]
+        wanted = _match(rows, gallery, args.skip_errors, path)
+        skipped = Counter({f"query: {reason}": n for reason, n in rows.skipped.items()})
+    if not texts:
+        raise CommandError(f"--queries: {path} holds no query")
+    return Inputs(name, texts, gallery, wanted, skipped)

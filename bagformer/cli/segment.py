@@ -1,0 +1,123 @@
+"""Cut texts into bags.
+
+    bagformer segment 高领毛衣 女士靴子
+    bagformer segment --dictionary words.txt --vocabulary vocab.txt < titles.txt
+
+Each text is cut on its own and printed with a bar between bags; without TEXT the lines of standard
+input are read. An empty bag, which the original's matchers make, is shown as ∅.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from bagformer.cli._common import (
+    TINY_MODEL,
+    CommandError,
+    load_processor,
+    note,
+    positive,
+    print_json,
+    texts_from,
+    working,
+)
+
+MATCHERS = ("leftmost_longest", "original", "backward_max")
+EMPTY_BAG = "∅"
+_LINES_AT_ONCE = 256
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("text", nargs="*", metavar="TEXT", help="texts (default: standard input)")
+    parser.add_argument(
+        "--model", type=Path, metavar="DIR", help="use the dictionary and vocabulary of this model"
+    )
+    parser.add_argument("--dictionary", type=Path, metavar="FILE", help="entities, one a line")
+    parser.add_argument("--vocabulary", type=Path, metavar="FILE", help="vocab.txt of a BERT model")
+    parser.add_argument("--matcher", choices=MATCHERS, help="how entities are found")
+    parser.add_argument(
+        "--max-length",
+        type=positive,
+        metavar="N",
+        help="tokens of a text, [CLS] and [SEP] included",
+    )
+    parser.add_argument(
+        "--all", action="store_true", help="show the bags that do not count too ([CLS], [SEP], ...)"
+    )
+
+
+def _processor(args: argparse.Namespace) -> Any:
+    if args.dictionary is None and args.vocabulary is None:
+        if args.matcher is not None:
+            raise CommandError(
+                "--matcher needs --dictionary and --vocabulary: a model's is already built"
+            )
+        return load_processor(args.model or TINY_MODEL)
+    if args.model is not None:
+        raise CommandError("give either --model or --dictionary with --vocabulary")
+    if args.dictionary is None or args.vocabulary is None:
+        missing = "--dictionary" if args.dictionary is None else "--vocabulary"
+        raise CommandError(f"{missing} is missing: a dictionary is read with a vocabulary")
+    for path in (args.dictionary, args.vocabulary):
+        if not path.is_file():
+            raise CommandError(f"there is no file {path}")
+    from transformers import BertTokenizer
+
+    from bagformer.models.configuration_bagformer import BagFormerConfig
+    from bagformer.models.processing_bagformer import BagFormerProcessor
+
+    matcher = args.matcher or MATCHERS[0]
+    protocol = "corrected" if matcher == MATCHERS[0] else "original"
+    config = BagFormerConfig(protocol=protocol, matcher=matcher)
+    tokenizer = BertTokenizer(str(args.vocabulary), do_lower_case=True)
+    working(args, f"reading {args.dictionary}")
+    processor = BagFormerProcessor.from_config(config, tokenizer, args.dictionary)
+    if not args.quiet and sys.stderr.isatty():
+        print(processor.segmenter.report, file=sys.stderr)
+    return processor
+
+
+def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
+    source = iter(texts)
+    while batch := list(islice(source, size)):
+        yield batch
+
+
+def _cut(
+    processor: Any, texts: Iterable[str], args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    # The original's matchers let the texts of a batch cut each other's bags; alone, none does.
+    invariant = processor.segmenter.matcher == MATCHERS[0]
+    size = _LINES_AT_ONCE if invariant and (args.text or not sys.stdin.isatty()) else 1
+    for batch in _batches(texts, size):
+        inputs = processor(text=batch, max_length=args.max_length, return_truncated=True)
+        named = processor.bag_texts(batch, counted_only=not args.all, max_length=args.max_length)
+        for text, bags, cut in zip(batch, named, inputs["truncated"].tolist(), strict=True):
+            while args.all and bags and bags[-1] == "[PAD]":
+                bags.pop()
+            yield {"text": text, "bags": bags, "truncated": cut}
+
+
+def run(args: argparse.Namespace) -> int:
+    texts = texts_from(args.text)
+    processor = _processor(args)
+    segmenter = processor.segmenter
+    rows = []
+    truncated = 0
+    for row in _cut(processor, texts, args):
+        truncated += row["truncated"]
+        if args.json:
+            rows.append(row)
+        else:
+            print("|".join(bag or EMPTY_BAG for bag in row["bags"]))
+    if args.json:
+        print_json({"matcher": segmenter.matcher, "entities": len(segmenter), "texts": rows})
+    if truncated:
+        limit = args.max_length or processor.max_text_length
+        note(args, f"bagformer segment: {truncated} texts were cut off at {limit} tokens")
+    return 0

@@ -1,0 +1,297 @@
+"""Build the IconPark set: real drawings with Chinese titles and tags, in MUGE format.
+
+The icons are those of the npm package ``@icon-park/svg`` (Apache-2.0). Training pictures are the
+themes outline, filled and two-tone; validation pictures are the theme multi-color.
+
+What is kept apart. A validation query is a title or tag that was taken away from training
+altogether: no training query has its text, for this icon or any other. So that it can be answered
+without knowledge of the world, at least half of its characters must occur in another text of each
+icon that carries it, and each of these icons keeps at least one text. ``item_ids`` are all the
+icons that carry the text. The drawings are not kept apart to the same degree: where an icon has no
+surface to fill, or none inside another, its multi-color drawing equals a training one. The ids of
+those that do differ are in ``meta.json`` under ``new_pictures``; the sample holds these only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import random
+import re
+import shutil
+import subprocess
+import tarfile
+import tempfile
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tqdm import tqdm
+
+from bagformer.data.muge import MugeImages, read_queries, write_jsonl, write_tsv
+from bagformer.data.words import entity_words
+
+PACKAGE = "@icon-park/svg"
+VERSION = "1.4.2"
+TARBALL_SHA256 = "fbd548c2d6c3830a56828c9cf09787d61ce2a74a4f398919059e111de17c504b"
+THEMES = ("outline", "filled", "two-tone", "multi-color")
+TRAIN_SIZE, VALID_SIZE = 96, 128
+VALID_PICTURES, VALID_QUERIES = 2000, 1500
+FIRST_VALID_QUERY_ID = 100_000
+SEED = 20261125
+
+_DRAW = """
+const icons = require('./icons.json'), draw = require('./lib/map.js');
+const camel = (name) => name.split('-').map((w) => w[0].toUpperCase() + w.slice(1)).join('');
+for (const icon of icons) {
+  const svg = %s.map((theme) => draw[camel(icon.name)]({theme, size: 48, fill: '#333333'}));
+  console.log(JSON.stringify({id: icon.id, texts: [icon.title, ...icon.tag], svg}));
+}
+"""
+
+
+class Icon(NamedTuple):
+    """One icon: its number, its cleaned texts in order, and its four drawings (see ``THEMES``)."""
+
+    id: int
+    texts: tuple[str, ...]
+    svg: tuple[str, ...]
+
+
+class Split(NamedTuple):
+    """Icon numbers of the validation pictures, and the icons of each validation query."""
+
+    pictures: list[int]
+    queries: dict[str, list[int]]
+
+
+def clean_text(text: str) -> str:
+    """Lower-cased NFKC text with single spaces, without the running number some titles end in."""
+    folded = " ".join(unicodedata.normalize("NFKC", text).lower().split())
+    return re.sub(r"(?<=[\u3400-\u9fff])\d+$", "", folded)
+
+
+def item_id(icon: int, theme: str) -> int:
+    """Number of one picture: four to an icon, in the order of ``THEMES``."""
+    return icon * len(THEMES) + THEMES.index(theme)
+
+
+def fetch_tarball(folder: Path) -> Path:
+    """Download the npm package into ``folder`` with ``npm pack`` and return the file.
+
+    Raises RuntimeError where npm is missing, fails, or gives no file.
+    """
+    npm = shutil.which("npm")
+    if npm is None or shutil.which("node") is None:
+        raise RuntimeError(
+            f"{PACKAGE} is fetched with `npm pack` and drawn with `node`, and "
+            f"{'npm' if npm is None else 'node'} is not on PATH: install Node.js 18 or newer"
+        )
+    command = [npm, "pack", f"{PACKAGE}@{VERSION}", "--ignore-scripts", "--silent"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, encoding="utf-8")
+    files = sorted(folder.glob("*.tgz"))
+    if done.returncode or not files:
+        said = (done.stderr or done.stdout).strip() or "nothing"
+        raise RuntimeError(f"`{' '.join(command)}` failed with {done.returncode} and said: {said}")
+    return files[0]
+
+
+def read_icons(tarball: str | os.PathLike[str]) -> list[Icon]:
+    """Icons of the npm package's tarball, by number.
+
+    Raises ValueError if the file is not the known release, RuntimeError if node fails.
+    """
+    digest = hashlib.sha256(Path(tarball).read_bytes()).hexdigest()
+    if digest != TARBALL_SHA256:
+        raise ValueError(
+            f"{tarball}: expected {PACKAGE} {VERSION} with sha256 {TARBALL_SHA256}, got {digest}"
+        )
+    node = shutil.which("node")
+    if node is None:
+        raise RuntimeError("the icons are drawn by `node`, which is not on PATH: install Node.js")
+    with tempfile.TemporaryDirectory() as folder:
+        with tarfile.open(tarball) as archive:
+            for member in archive:
+                if member.isfile() and member.name.startswith(("package/lib/", "package/icons")):
+                    _unpack(archive, member, Path(folder))
+        done = subprocess.run(
+            [node, "-"],
+            input=_DRAW % json.dumps(THEMES),
+            cwd=Path(folder) / "package",
+            capture_output=True,
+            text=True,
+            encoding="utf-8",
+        )
+    if done.returncode:
+        raise RuntimeError(f"node could not draw the icons and said: {done.stderr.strip()}")
+    rows = (json.loads(line) for line in done.stdout.splitlines())
+    icons = [Icon(row["id"], _texts(row["texts"]), tuple(row["svg"])) for row in rows]
+    return sorted(icons, key=lambda icon: icon.id)
+
+
+def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> None:
+    target = (folder / member.name).resolve()
+    source = archive.extractfile(member)
+    if source is None or not target.is_relative_to(folder.resolve()):
+        raise ValueError(f"{archive.name}: unexpected member {member.name!r}")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(source.read())
+
+
+def _texts(raw: Iterable[str]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(text for text in map(clean_text, raw) if text))
+
+
+def _is_supported(query: str, texts: Iterable[str]) -> bool:
+    known = set("".join(texts))
+    return 2 * sum(character in known for character in query) >= len(query)
+
+
+def hold_out(icons: list[Icon], n_pictures: int, n_queries: int, seed: int = SEED) -> Split:
+    """Choose validation queries and pictures by the rules at the head of this module."""
+    rng = random.Random(seed)
+    carriers: dict[str, list[int]] = defaultdict(list)
+    for icon in icons:
+        for text in icon.texts:
+            carriers[text].append(icon.id)
+    left = {icon.id: set(icon.texts) for icon in icons}
+    held: dict[int, list[str]] = defaultdict(list)
+    candidates = sorted(text for text in carriers if re.fullmatch(r"[\u3400-\u9fff]{2,8}", text))
+    rng.shuffle(candidates)
+    queries: dict[str, list[int]] = {}
+    gallery: set[int] = set()
+    for text in candidates:
+        if len(queries) == n_queries:
+            break
+        icons_of = carriers[text]
+        fits = len(gallery.union(icons_of)) <= n_pictures and all(
+            len(left[icon]) > 1
+            and all(_is_supported(query, left[icon] - {text}) for query in [*held[icon], text])
+            for icon in icons_of
+        )
+        if fits:
+            queries[text] = icons_of
+            gallery.update(icons_of)
+            for icon in icons_of:
+                left[icon].discard(text)
+                held[icon].append(text)
+    others = sorted(set(left) - gallery)
+    rng.shuffle(others)
+    pictures = sorted([*gallery, *others[: n_pictures - len(gallery)]])
+    return Split(pictures, dict(sorted(queries.items())))
+
+
+def draw(svg: str, size: int) -> bytes:
+    """PNG of a drawing on white, ``size`` pixels square. Raises RuntimeError without resvg-py."""
+    try:
+        import resvg_py
+    except ImportError as error:
+        raise RuntimeError(
+            "drawing needs resvg-py: pip install 'bagformer[data]'"
+        ) from error
+    picture = resvg_py.svg_to_bytes(
+        svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True
+    )
+    return bytes(picture)
+
+
+def _train_pictures(icons: list[Icon]) -> Iterator[tuple[int, bytes]]:
+    for icon in icons:
+        for theme, svg in zip(THEMES[:3], icon.svg[:3], strict=True):
+            yield item_id(icon.id, theme), draw(svg, TRAIN_SIZE)
+
+
+def _is_new(icon: Icon) -> bool:
+    coloured = draw(icon.svg[3], TRAIN_SIZE)
+    return all(draw(svg, TRAIN_SIZE) != coloured for svg in icon.svg[:3])
+
+
+def _train_rows(icons: list[Icon], held: Iterable[str]) -> Iterator[dict[str, Any]]:
+    items: dict[str, list[int]] = defaultdict(list)
+    forbidden = set(held)
+    for icon in icons:
+        for text in icon.texts:
+            if text not in forbidden:
+                items[text].extend(item_id(icon.id, theme) for theme in THEMES[:3])
+    for number, text in enumerate(sorted(items)):
+        yield {"query_id": number, "query_text": text, "item_ids": items[text]}
+
+
+def _valid_rows(split: Split) -> Iterator[dict[str, Any]]:
+    for number, (text, icons) in enumerate(split.queries.items(), FIRST_VALID_QUERY_ID):
+        items = [item_id(icon, "multi-color") for icon in icons]
+        yield {"query_id": number, "query_text": text, "item_ids": items}
+
+
+def build(
+    out: str | os.PathLike[str],
+    *,
+    tarball: str | os.PathLike[str] | None = None,
+    overwrite: bool = False,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Write the set into the folder ``out`` and return what ``meta.json`` in it says.
+
+    ``MR_{train,valid}_imgs.tsv``, ``MR_{train,valid}_queries.jsonl``, ``entities.txt`` (one word a
+    line, see :func:`bagformer.data.words.entity_words`) and ``meta.json``. The same bytes each time
+    with one release of resvg-py. The folder appears when all of it is written. ``tarball`` is the
+    npm package where it is already here; else it is downloaded.
+
+    Raises FileExistsError if ``out`` has files and ``overwrite`` is False; RuntimeError where npm,
+    node or resvg-py is missing; ValueError if the tarball is not the known release.
+    """
+    target = Path(out)
+    if target.exists() and any(target.iterdir()) and not overwrite:
+        raise FileExistsError(f"{target} is not empty; give another folder or overwrite=True")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
+        source = Path(tarball) if tarball is not None else fetch_tarball(Path(scratch))
+        icons = read_icons(source)
+        made = Path(scratch) / "made"
+        made.mkdir()
+        meta = _write(icons, made, progress)
+        _replace(made, target, Path(scratch) / "old")
+    return meta
+
+
+def _write(icons: list[Icon], folder: Path, progress: bool) -> dict[str, Any]:
+    split = hold_out(icons, VALID_PICTURES, VALID_QUERIES)
+    by_id = {icon.id: icon for icon in icons}
+    valid = [by_id[number] for number in split.pictures]
+    bar = tqdm(total=3 * len(icons) + len(valid), unit="picture", disable=not progress)
+
+    def counted(pictures: Iterable[tuple[int, bytes]]) -> Iterator[tuple[int, bytes]]:
+        for picture in pictures:
+            yield picture
+            bar.update()
+
+    with bar:
+        write_tsv(folder / "MR_train_imgs.tsv", counted(_train_pictures(icons)))
+        coloured = ((item_id(i.id, THEMES[3]), draw(i.svg[3], VALID_SIZE)) for i in valid)
+        write_tsv(folder / "MR_valid_imgs.tsv", counted(coloured))
+    train_rows = list(_train_rows(icons, split.queries))
+    write_jsonl(folder / "MR_train_queries.jsonl", train_rows)
+    write_jsonl(folder / "MR_valid_queries.jsonl", _valid_rows(split))
+    words = entity_words(row["query_text"] for row in train_rows)
+    (folder / "entities.txt").write_text("\n".join(words) + "\n", encoding="utf-8", newline="\n")
+    meta = {
+        "source": f"{PACKAGE}@{VERSION} (Apache-2.0), npm, sha256 {TARBALL_SHA256}",
+        "train_pictures": 3 * len(icons),
+        "train_queries": len(train_rows),
+        "valid_pictures": len(valid),
+        "valid_queries": len(split.queries),
+        "entities": len(words),
+        "new_pictures": [item_id(icon.id, THEMES[3]) for icon in valid if _is_new(icon)],
+    }
+    text = json.dumps(meta, ensure_ascii=False) + "\n"
+    (folder / "meta.json").write_text(text, encoding="utf-8", newline="\n")
+    return meta
+
+
+def _replace(made: Path, target: Path, old: Path) -> None:
+    if target.exists():
+        os.replace(target, old)
+    os.replace(made, target)
