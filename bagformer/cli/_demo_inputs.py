@@ -96,7 +96,8 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         name = " ".join(map(str, sources))
     gallery = Gallery(sources, args.skip_errors)
     if path.suffix != ".jsonl":
-        texts, wanted, skipped = _read_lines(path), None, Counter()
+        texts, wanted = _read_lines(path), None
+        skipped: Counter[str] = Counter()
     else:
         from bagformer.data.muge import read_queries
 

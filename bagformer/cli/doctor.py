@@ -33,7 +33,7 @@ def checksum_faults(folder: Path = ASSETS) -> list[str]:
     """What differs between a folder and its SHA256SUMS; empty where all is as shipped."""
     sums = folder / SUMS
     if not sums.is_file():
-        return [f"{sums} is missing"]
+        return [f"{SUMS} is missing"]
     faults, known = [], set()
     for line in sums.read_text(encoding="utf-8").splitlines():
         expected, _, name = line.partition("  ")
@@ -76,8 +76,8 @@ def _maxsim() -> str:
     generator = torch.Generator().manual_seed(0)
     text = torch.randn(3, 5, 40, generator=generator)
     image = torch.randn(4, 17, 40, generator=generator)
-    ours = maxsim(text, image)
-    truth = reference.maxsim(text.double(), image.double())
+    ours: Any = maxsim(text, image)
+    truth: Any = reference.maxsim(text.double(), image.double())
     error = max(
         float((ours.text_to_image - truth.text_to_image).abs().max()),
         float((ours.image_to_text - truth.image_to_text).abs().max()),

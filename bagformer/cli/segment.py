@@ -88,33 +88,36 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def _cut(
-    processor: Any, texts: Iterable[str], args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    # The original's matchers let the texts of a batch cut each other's bags; alone, none does.
-    invariant = processor.segmenter.matcher == MATCHERS[0]
-    size = _LINES_AT_ONCE if invariant and (args.text or not sys.stdin.isatty()) else 1
-    for batch in _batches(texts, size):
-        inputs = processor(text=batch, max_length=args.max_length, return_truncated=True)
-        named = processor.bag_texts(batch, counted_only=not args.all, max_length=args.max_length)
-        for text, bags, cut in zip(batch, named, inputs["truncated"].tolist(), strict=True):
-            while args.all and bags and bags[-1] == "[PAD]":
-                bags.pop()
-            yield {"text": text, "bags": bags, "truncated": cut}
+def _cut(processor: Any, batch: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    inputs = processor(text=batch, max_length=args.max_length, return_truncated=True)
+    named = processor.bag_texts(batch, counted_only=not args.all, max_length=args.max_length)
+    for bags in named:
+        while args.all and bags and bags[-1] == "[PAD]":
+            bags.pop()
+    return [
+        {"text": text, "bags": bags, "truncated": cut}
+        for text, bags, cut in zip(batch, named, inputs["truncated"].tolist(), strict=True)
+    ]
 
 
 def run(args: argparse.Namespace) -> int:
     texts = texts_from(args.text)
     processor = _processor(args)
     segmenter = processor.segmenter
-    rows = []
+    # The original's matchers let the texts of a batch cut each other's bags; alone, none does.
+    invariant = segmenter.matcher == MATCHERS[0]
+    size = _LINES_AT_ONCE if invariant and (args.text or not sys.stdin.isatty()) else 1
+    rows: list[dict[str, Any]] = []
     truncated = 0
-    for row in _cut(processor, texts, args):
-        truncated += row["truncated"]
+    for batch in _batches(texts, size):
+        found = _cut(processor, batch, args)
+        truncated += sum(row["truncated"] for row in found)
         if args.json:
-            rows.append(row)
+            rows += found
         else:
-            print("|".join(bag or EMPTY_BAG for bag in row["bags"]))
+            for row in found:
+                print("|".join(bag or EMPTY_BAG for bag in row["bags"]))
+            sys.stdout.flush()
     if args.json:
         print_json({"matcher": segmenter.matcher, "entities": len(segmenter), "texts": rows})
     if truncated:
