@@ -63,7 +63,8 @@ class Original(NamedTuple):
 
 def _refusal(path: Path, names: list[str]) -> ValueError:
     return ValueError(
-        f"{path}: refused, and nothing in it was run: besides tensors it asks for {', '.join(names)}"
+        f"{path}: refused, and nothing in it was run: it asks for {', '.join(names)}, not for "
+        "tensors alone"
     )
 
 

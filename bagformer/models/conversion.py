@@ -205,6 +205,7 @@ def infer_config(
         interaction=interaction,
         protocol="original",
         use_itm_head="itm_head.weight" in tensors,
+        hard_negatives=interaction != "bagwise",
         max_text_length=min(25, text["max_position_embeddings"]),
         architectures=[BagFormerForRetrieval.__name__],
     )

@@ -17,7 +17,7 @@ RESAMPLING = ("nearest", "bilinear", "bicubic", "lanczos")
 
 
 def to_pil(image: Any, name: str) -> Image.Image:
-    """From a PIL image, an array ``[H, W(, C)]`` (uint8; grey also uint16) or a tensor ``[C, H, W]``."""
+    """From a PIL image, a uint8 array ``[H, W(, C)]`` or tensor ``[C, H, W]``, or 16-bit grey."""
     if isinstance(image, Image.Image):
         return image
     if isinstance(image, Tensor):

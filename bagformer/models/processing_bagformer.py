@@ -118,6 +118,11 @@ class BagFormerProcessor(ProcessorMixin):
             segmenter = BagSegmenter((), matcher=config.matcher, masked_ids=ids)
         elif isinstance(dictionary, BagSegmenter):
             segmenter = dictionary
+            if segmenter.matcher != config.matcher:
+                raise ValueError(
+                    f"the segmenter's matcher is {segmenter.matcher!r}, the configuration's is "
+                    f"{config.matcher!r}"
+                )
         else:
             segmenter = BagSegmenter.from_dictionary(
                 dictionary, tokenizer, matcher=config.matcher, masked_tokens=masked

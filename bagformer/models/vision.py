@@ -143,7 +143,12 @@ class VisionEncoder(nn.Module):
     def gradient_checkpointing(self, enable: bool) -> None:
         self._checkpointing = enable
         if hasattr(self.backbone, "set_grad_checkpointing"):
-            self.backbone.set_grad_checkpointing(enable)
+            try:
+                self.backbone.set_grad_checkpointing(enable)
+            except AssertionError as error:
+                raise ValueError(
+                    f"{self.config.backbone!r} has no gradient checkpointing"
+                ) from error
 
     def _grid(self, pixel_values: Tensor, patches: int) -> tuple[int, int]:
         rows, columns = self.layout.grid
@@ -156,9 +161,12 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Returns the tokens and the (rows, columns) of the patches among them."""
+        if not pixel_values.is_floating_point():
+            raise TypeError(f"pixel_values must be floating point, got {pixel_values.dtype}")
         if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values must be [B, 3, H, W], got {list(pixel_values.shape)}")
-        features = self.backbone.forward_features(pixel_values)
+        weight = next(self.backbone.parameters())
+        features = self.backbone.forward_features(pixel_values.to(weight.dtype))
         layout = self.layout
         if layout.kind == "tokens":
             patches = features[:, layout.prefix :]

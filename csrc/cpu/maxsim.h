@@ -1,0 +1,113 @@
+// MaxSim on the CPU: the contract between the driver (maxsim.cpp) and the kernels, one file for
+// each instruction set.
+//
+// A pair's similarities are S[bag, patch] = one chain of multiply-adds along D, from index 0 up.
+// The chain of one similarity never depends on where it lies in a tile, on the other texts and
+// images of the call, or on the number of threads; nor does the order of any sum. Scores are
+// therefore the same bits however a batch is put together.
+//
+// Only tokens that count are packed, in index order: masked tokens cost nothing and cannot change a
+// bit. Patches lie across the lanes of vectors, `lanes` of them to a panel:
+//
+//     image panel [D][lanes]   d=0: p0 p1 ... p31   d=1: p0 p1 ... p31   ...
+//     text tile   [D][height]  d=0: b0 b1 ... b12   d=1: b0 b1 ... b12   ...
+//
+// One step of the inner loop takes one d: `lanes` patches from the panel, each bag's value
+// broadcast. height x lanes similarities stay in registers over all of D and are folded into both
+// maxima there.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/dispatch.h"
+#include "cpu/view.h"
+
+namespace bagformer {
+
+// One text against one panel of one image.
+template <class T>
+struct PanelJob {
+    const T* panel;      // [depth][lanes], lanes past `valid` zero
+    const T* rows;       // tiles of a text, see tile_height
+    int64_t depth;       // D
+    int32_t valid;       // patches in this panel, 1..lanes
+    int32_t index;       // which panel of its image
+    int32_t n_rows;      // bags
+    T* row_best;         // [n_rows][lanes] maximum of each lane over the panels so far
+    int32_t* row_panel;  // [n_rows][lanes] the panel that holds it; null: no argmax
+    T* lane_best;        // [lanes] maximum over bags; written
+    int32_t* lane_row;   // [lanes] its bag; written; null: no argmax
+};
+
+// The maxima of one text's bags, once all panels are folded.
+template <class T>
+struct RowsJob {
+    const T* row_best;
+    const int32_t* row_panel;
+    int32_t n_rows;
+    T* best;         // [n_rows]
+    int32_t* patch;  // [n_rows] place among the packed patches; null: no argmax
+};
+
+template <class T>
+struct MaxSimKernels {
+    int lanes;
+    int max_rows;
+    // True if a NaN is among the similarities. Without argmax the maxima are then void (any NaN
+    // makes both scores NaN); with argmax they are exact, the first NaN winning.
+    bool (*panel)(const PanelJob<T>& job);
+    void (*rows)(const RowsJob<T>& job, bool has_nan);
+};
+
+// A text's bags are cut into tiles of at most max_rows, all of one height but for the last ones,
+// which are one lower: 25 = 13 + 12. Tiles lie one behind the other, each [depth][height].
+inline int tile_height(int n_rows, int tile, int max_rows) {
+    const int tiles = (n_rows + max_rows - 1) / max_rows;
+    const int low = n_rows / tiles;
+    return tile < n_rows % tiles ? low + 1 : low;
+}
+
+struct MaxSimForward {
+    View text, image;            // [Nt, N, D], [Ni, P, D] or [Nt, K, P, D]
+    View text_mask, image_mask;  // may be absent
+    View t2i, i2t;               // outputs may be absent; contiguous
+    View text_argmax, image_argmax;
+    bool zero_mode, mean;
+    int n_threads;
+};
+
+// Upstream gradients may be absent, then so is their argmax. Adds to grad_text and grad_image, each
+// of which may be absent. Every row of a gradient has one owner, which adds to it in the order of
+// the other side's index: no atomics, the same bits on every run.
+struct MaxSimBackward {
+    View grad_t2i, grad_i2t;
+    View text, image;  // stride 1 along D
+    View text_mask, image_mask;
+    View text_argmax, image_argmax;
+    View grad_text, grad_image;  // contiguous, float32 or float64
+    bool mean;
+    int n_threads;
+};
+
+void maxsim_forward(const MaxSimForward& call);
+void maxsim_backward(const MaxSimBackward& call);
+
+// total[d] += scale * row[d]; `row` holds `dtype`.
+using AddScaled = void (*)(void* total, const void* row, double scale, int64_t depth);
+
+struct CpuKernels {
+    MaxSimKernels<float> f32;
+    AddScaled add_f32, add_bf16, add_f16;
+};
+
+const MaxSimKernels<double>& scalar_f64_kernels();
+AddScaled scalar_add_f64();
+const CpuKernels& scalar_kernels();
+#if BAGFORMER_X86
+const CpuKernels& avx2_kernels();
+const CpuKernels& avx512_kernels();
+#endif
+
+const CpuKernels& kernels_of(Isa isa);
+
+}  // namespace bagformer

@@ -1,0 +1,135 @@
+// The kernels of one instruction set, written once over its vector type `Vec`. Include inside an
+// unnamed namespace, after every other header and after the target pragma: nothing from here may be
+// shared between files that were compiled for different processors.
+
+// S of HEIGHT bags with COLUMNS vectors of patches, folded into both maxima.
+template <class Vec, int HEIGHT, int COLUMNS, bool ARGMAX>
+bool score_tile(const PanelJob<typename Vec::T>& job, const typename Vec::T* rows, int first_row) {
+    constexpr int kLanes = 2 * Vec::kWidth;
+    using T = typename Vec::T;
+    typename Vec::V sum[HEIGHT][COLUMNS];
+#pragma GCC unroll 16
+    for (int r = 0; r < HEIGHT; ++r)
+#pragma GCC unroll 2
+        for (int c = 0; c < COLUMNS; ++c) sum[r][c] = Vec::set1(T(0));
+    const T* panel = job.panel;
+    for (int64_t d = 0; d < job.depth; ++d, panel += kLanes, rows += HEIGHT) {
+        typename Vec::V patches[COLUMNS];
+#pragma GCC unroll 2
+        for (int c = 0; c < COLUMNS; ++c) patches[c] = Vec::load(panel + c * Vec::kWidth);
+#pragma GCC unroll 16
+        for (int r = 0; r < HEIGHT; ++r) {
+            const typename Vec::V bag = Vec::set1(rows[r]);
+#pragma GCC unroll 2
+            for (int c = 0; c < COLUMNS; ++c) sum[r][c] = Vec::fma(bag, patches[c], sum[r][c]);
+        }
+    }
+
+    const typename Vec::V lowest = Vec::set1(-std::numeric_limits<T>::infinity());
+    typename Vec::M nan = Vec::none();
+#pragma GCC unroll 2
+    for (int c = 0; c < COLUMNS; ++c) {
+        const int offset = c * Vec::kWidth;
+        const typename Vec::M counts = Vec::below(job.valid - offset);
+        typename Vec::V lane_best = Vec::load(job.lane_best + offset);
+        typename Vec::I lane_row = Vec::iset1(0);
+        if constexpr (ARGMAX) lane_row = Vec::iload(job.lane_row + offset);
+#pragma GCC unroll 16
+        for (int r = 0; r < HEIGHT; ++r) {
+            // lanes past the image's end hold 0 or, by an Inf in the text, NaN
+            const typename Vec::V score = Vec::blend(counts, sum[r][c], lowest);
+            nan = Vec::either(nan, Vec::is_nan(score));
+            const int64_t at = int64_t{first_row + r} * kLanes + offset;
+            const typename Vec::V row_best = Vec::load(job.row_best + at);
+            if constexpr (ARGMAX) {
+                const typename Vec::M row_takes = Vec::beats(score, row_best);
+                Vec::store(job.row_best + at, Vec::blend(row_takes, score, row_best));
+                const typename Vec::I panels = Vec::iload(job.row_panel + at);
+                Vec::istore(job.row_panel + at,
+                            Vec::iblend(row_takes, Vec::iset1(job.index), panels));
+                const typename Vec::M lane_takes = Vec::beats(score, lane_best);
+                lane_best = Vec::blend(lane_takes, score, lane_best);
+                lane_row = Vec::iblend(lane_takes, Vec::iset1(first_row + r), lane_row);
+            } else {
+                Vec::store(job.row_best + at, Vec::max(score, row_best));
+                lane_best = Vec::max(score, lane_best);
+            }
+        }
+        Vec::store(job.lane_best + offset, lane_best);
+        if constexpr (ARGMAX) Vec::istore(job.lane_row + offset, lane_row);
+    }
+    return Vec::any(nan);
+}
+
+template <class Vec, int COLUMNS, bool ARGMAX, int HEIGHT = Vec::kMaxRows>
+bool score_height(const PanelJob<typename Vec::T>& job, const typename Vec::T* rows, int first_row,
+                  int height) {
+    if (height == HEIGHT) return score_tile<Vec, HEIGHT, COLUMNS, ARGMAX>(job, rows, first_row);
+    if constexpr (HEIGHT > 1)
+        return score_height<Vec, COLUMNS, ARGMAX, HEIGHT - 1>(job, rows, first_row, height);
+    return false;
+}
+
+template <class Vec, int COLUMNS, bool ARGMAX>
+bool score_rows(const PanelJob<typename Vec::T>& job) {
+    bool nan = false;
+    const typename Vec::T* rows = job.rows;
+    for (int row = 0, tile = 0; row < job.n_rows; ++tile) {
+        const int height = tile_height(job.n_rows, tile, Vec::kMaxRows);
+        nan |= score_height<Vec, COLUMNS, ARGMAX>(job, rows, row, height);
+        rows += job.depth * height;
+        row += height;
+    }
+    return nan;
+}
+
+template <class Vec>
+bool score_panel(const PanelJob<typename Vec::T>& job) {
+    const bool argmax = job.lane_row != nullptr;
+    const bool wide = job.valid > Vec::kWidth;
+    for (int lane = 0; lane < 2 * Vec::kWidth; ++lane) {
+        job.lane_best[lane] = -std::numeric_limits<typename Vec::T>::infinity();
+        if (argmax) job.lane_row[lane] = 0;
+    }
+    if (argmax) return wide ? score_rows<Vec, 2, true>(job) : score_rows<Vec, 1, true>(job);
+    return wide ? score_rows<Vec, 2, false>(job) : score_rows<Vec, 1, false>(job);
+}
+
+template <class Vec>
+void reduce_rows(const RowsJob<typename Vec::T>& job, bool has_nan) {
+    constexpr int kLanes = 2 * Vec::kWidth;
+    using T = typename Vec::T;
+    for (int row = 0; row < job.n_rows; ++row) {
+        const T* lanes = job.row_best + int64_t{row} * kLanes;
+        const typename Vec::V low = Vec::load(lanes), high = Vec::load(lanes + Vec::kWidth);
+        T best = Vec::highest(Vec::max(low, high));
+        if (job.patch != nullptr) {
+            const int32_t* panels = job.row_panel + int64_t{row} * kLanes;
+            int32_t patch = std::numeric_limits<int32_t>::max();
+            bool found_nan = false;
+            if (has_nan)
+                for (int lane = 0; lane < kLanes; ++lane) found_nan |= lanes[lane] != lanes[lane];
+            if (found_nan) best = std::numeric_limits<T>::quiet_NaN();
+            for (int lane = 0; lane < kLanes; ++lane) {
+                const bool wins = found_nan ? lanes[lane] != lanes[lane] : lanes[lane] == best;
+                const int32_t place = panels[lane] * kLanes + lane;
+                patch = wins && place < patch ? place : patch;
+            }
+            job.patch[row] = patch;
+        }
+        job.best[row] = best;
+    }
+}
+
+template <class Total, class Row>
+void add_scaled(void* total_data, const void* row_data, double scale, int64_t depth) {
+    Total* __restrict total = static_cast<Total*>(total_data);
+    const Row* __restrict row = static_cast<const Row*>(row_data);
+    const Total factor = static_cast<Total>(scale);
+    for (int64_t d = 0; d < depth; ++d) total[d] += factor * static_cast<Total>(widen(row[d]));
+}
+
+template <class Vec>
+MaxSimKernels<typename Vec::T> kernels_over() {
+    return {2 * Vec::kWidth, Vec::kMaxRows, score_panel<Vec>, reduce_rows<Vec>};
+}

@@ -1,0 +1,58 @@
+// Narrow floats as plain structs, widened and rounded without hardware support.
+#pragma once
+
+#include <bit>
+#include <cstdint>
+
+namespace bagformer {
+
+struct BFloat16 {
+    uint16_t bits;
+};
+
+struct Half {
+    uint16_t bits;
+};
+
+inline float widen(float x) { return x; }
+inline double widen(double x) { return x; }
+inline float widen(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
+
+inline float widen(Half x) {
+    const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16;
+    const uint32_t magnitude = uint32_t{x.bits & 0x7fffu} << 13;
+    // 2^112 moves the exponent's bias from 15 to 127 and makes subnormal halves normal floats
+    const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
+    const uint32_t special = (x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
+    return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | special | sign);
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+template <class T>
+T narrow(double x) {
+    return static_cast<T>(x);
+}
+
+template <>
+inline BFloat16 narrow<BFloat16>(double value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(value));
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return {static_cast<uint16_t>((bits >> 16) | 0x40u)};
+    return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+template <>
+inline Half narrow<Half>(double value) {
+    const uint32_t bits = std::bit_cast<uint32_t>(static_cast<float>(value));
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    const uint32_t magnitude = bits & 0x7fffffffu;
+    if (magnitude > 0x7f800000u) return {static_cast<uint16_t>(sign | 0x7e00u)};
+    if (magnitude >= 0x477ff000u) return {static_cast<uint16_t>(sign | 0x7c00u)};  // 65520 and up
+    if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 leaves the subnormal's bits in place
+        const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
+        return {static_cast<uint16_t>(sign | (std::bit_cast<uint32_t>(shifted) - 0x3f000000u))};
+    }
+    const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
+    return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
+}
+
+}  // namespace bagformer
