@@ -190,16 +190,20 @@ def _fake_backward(
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
-    text, image, text_mask, image_mask, mask_mode, _, reduction, _, precision, backend = inputs
+    text, image, text_mask, image_mask, mask_mode, directions, reduction, _, *rest = inputs
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(output[2], output[3])
     ctx.save_for_backward(text, image, text_mask, image_mask, output[2], output[3])
-    ctx.options = (mask_mode, reduction, precision, backend)
+    ctx.directions = directions
+    ctx.options = (mask_mode, reduction, *rest)
 
 
 def _backward_of(name: str) -> Any:
     def backward(ctx: Any, grad_t2i: Tensor | None, grad_i2t: Tensor | None, *_: Any) -> tuple:
         wants = ctx.needs_input_grad[:2]
+        # compiled graphs send zeros, not None, for an output that is empty
+        grad_t2i = None if ctx.directions == "image_to_text" else grad_t2i
+        grad_i2t = None if ctx.directions == "text_to_image" else grad_i2t
         op = getattr(torch.ops.bagformer, name + "_backward")
         grads = op(grad_t2i, grad_i2t, *ctx.saved_tensors, *ctx.options, *wants)
         kept = [grad if wanted else None for grad, wanted in zip(grads, wants, strict=True)]

@@ -6,18 +6,18 @@ C++ side checks ranks, sizes and dtypes of these views before it reads through a
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
+extension: Any
+LOAD_ERROR: ImportError | None = None
 try:
-    from bagformer import _C as extension  # type: ignore[attr-defined]
+    extension = importlib.import_module("bagformer._C")
 except ImportError as error:
-    extension = None
-    LOAD_ERROR: ImportError | None = error
-else:
-    LOAD_ERROR = None
+    extension, LOAD_ERROR = None, error
 
 _DTYPE_CODES = {
     torch.float32: 0,

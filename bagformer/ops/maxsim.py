@@ -17,6 +17,7 @@ from bagformer.reference import DIRECTIONS, MASK_MODES, REDUCTIONS, MaxSimScores
 
 PRECISIONS = ("fp32", "tf32", "bf16")
 ARGMAX_BUDGET = 1 << 30
+BUDGET_ENVIRONMENT = "BAGFORMER_ARGMAX_BUDGET"
 
 
 def saves_argmax(
@@ -29,13 +30,22 @@ def saves_argmax(
     forward.
     """
     if budget is None:
-        budget = int(os.environ.get("BAGFORMER_ARGMAX_BUDGET") or ARGMAX_BUDGET)
+        budget = _budget_of_environment()
     each = 0
     if directions != "image_to_text":
         each += bags * argmax_dtype(patches).itemsize
     if directions != "text_to_image":
         each += patches * argmax_dtype(bags).itemsize
     return n_pairs * each <= budget
+
+
+def _budget_of_environment() -> int:
+    asked = os.environ.get(BUDGET_ENVIRONMENT)
+    if not asked:
+        return ARGMAX_BUDGET
+    if not asked.isdecimal():
+        raise ValueError(f"{BUDGET_ENVIRONMENT} must be a number of bytes, got {asked!r}")
+    return int(asked)
 
 
 def check_options(mask_mode: str, reduction: str, precision: str, backend: str) -> None:

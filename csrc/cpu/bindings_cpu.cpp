@@ -49,13 +49,15 @@ void need(const char* name, const View& view, DType dtype, std::vector<int64_t> 
     if (view.dtype != dtype) refuse(std::string(name) + " has an unexpected dtype");
     if (view.rank != static_cast<int>(shape.size()))
         refuse(std::string(name) + " has rank " + std::to_string(view.rank));
+    bool empty = false;
+    for (int axis = 0; axis < view.rank; ++axis) empty |= view.shape[axis] == 0;
     int64_t stride = 1;
     for (int axis = view.rank - 1; axis >= 0; --axis) {
         if (view.shape[axis] != shape[axis])
             refuse(std::string(name) + " has size " + std::to_string(view.shape[axis]) +
                    " along axis " + std::to_string(axis) + ", expected " +
                    std::to_string(shape[axis]));
-        if (contiguous && view.shape[axis] > 1 && view.strides[axis] != stride)
+        if (contiguous && !empty && view.shape[axis] > 1 && view.strides[axis] != stride)
             refuse(std::string(name) + " must be contiguous");
         stride *= view.shape[axis];
     }

@@ -18,49 +18,40 @@ constexpr int64_t kGroupBytes = int64_t{32} << 20;
 constexpr int64_t kBlockBytes = int64_t{256} << 10;
 constexpr int64_t kItemsPerThread = 4;
 
-template <class T>
-const MaxSimKernels<T>& score_kernels();
-
-template <>
-const MaxSimKernels<float>& score_kernels<float>() {
-    return kernels_of(active_isa()).f32;
-}
-
-template <>
-const MaxSimKernels<double>& score_kernels<double>() {
-    return scalar_f64_kernels();
-}
-
 const bool* mask_row(const View& mask, int64_t i, int64_t j = 0) {
     return mask ? mask.at<const bool>(i, mask.rank == 3 ? j : 0) : nullptr;
 }
 
-template <class T>
+template <class E>
 struct Texts {
     int64_t first = 0;
     std::vector<Places> places;
-    std::vector<T> packed;  // [texts][N * D], the tail of each unused where bags are masked
+    std::vector<E> packed;  // [texts][N * depth], the tail of each unused where bags are masked
 };
 
 // What one thread needs for one image and one block of texts.
-template <class T>
+template <class T, class E>
 struct Workspace {
     Places image;
-    std::vector<T> panels, row_best, lane_best, bag_best;
+    std::vector<E> panels;
+    std::vector<T> row_best, lane_best, bag_best;
     std::vector<int32_t> row_panel, lane_row, bag_patch;
     std::vector<char> has_nan;
-    Texts<T> own;  // the candidate form packs its text here
+    Texts<E> own;  // the candidate form packs its text here
 };
 
-template <class T>
+// In: the features' type, E: what is packed, T: the scores' type.
+template <class In, class E, class T>
 class Forward {
   public:
-    explicit Forward(const MaxSimForward& call)
+    Forward(const MaxSimForward& call, const MaxSimKernels<T, E>& kernels, PackPanel quick)
         : call_(call),
-          kernels_(score_kernels<T>()),
+          kernels_(kernels),
+          quick_(quick),
           texts_(call.text.shape[0]),
           bags_(call.text.shape[1]),
-          depth_(call.text.shape[2]),
+          features_(call.text.shape[2]),
+          depth_(Packed<E>::depth(features_)),
           candidates_(call.image.rank == 4),
           images_(call.image.shape[call.image.rank - 3]),
           patches_(call.image.shape[call.image.rank - 2]),
@@ -77,7 +68,7 @@ class Forward {
 
   private:
     int64_t text_bytes() const {
-        return std::max<int64_t>(1, bags_ * depth_ * static_cast<int64_t>(sizeof(T)));
+        return std::max<int64_t>(1, bags_ * depth_ * static_cast<int64_t>(sizeof(E)));
     }
 
     // How many parts a loop of `outer` items with `inner` steps each is cut into, so that every
@@ -88,19 +79,17 @@ class Forward {
         return std::clamp<int64_t>((wanted + outer - 1) / outer, 1, inner);
     }
 
-    void pack_one(Texts<T>& into, int64_t slot, int64_t text) {
+    void pack_one(Texts<E>& into, int64_t slot, int64_t text) {
         Places& places = into.places[slot];
         places.find(mask_row(call_.text_mask, text), call_.text_mask.strides[1], bags_);
-        with_float_type(call_.text.dtype, [&](auto* type) {
-            pack_text(call_.text.at<std::remove_pointer_t<decltype(type)>>(text),
-                      call_.text.strides[1], call_.text.strides[2], places, depth_,
-                      kernels_.max_rows, into.packed.data() + slot * bags_ * depth_);
-        });
+        const Rows<In> rows{call_.text.template at<const In>(text), call_.text.strides[1],
+                            call_.text.strides[2], features_};
+        pack_text(rows, places, kernels_.max_rows, into.packed.data() + slot * bags_ * depth_);
     }
 
     void run_all_pairs() {
         const int64_t group = std::clamp<int64_t>(kGroupBytes / text_bytes(), 1, texts_);
-        Texts<T> packed;
+        Texts<E> packed;
         packed.places.resize(group);
         packed.packed.resize(group * bags_ * depth_);
         for (int64_t first = 0; first < texts_; first += group) {
@@ -120,7 +109,7 @@ class Forward {
     void run_candidates() {
         const int64_t cuts = parts(texts_, images_);
         parallel_for(texts_ * cuts, call_.n_threads, [&](int64_t item, int worker) {
-            Workspace<T>& work = workers_[worker];
+            Workspace<T, E>& work = workers_[worker];
             const int64_t text = item / cuts, cut = item % cuts;
             work.own.first = text;
             work.own.places.resize(1);
@@ -132,8 +121,8 @@ class Forward {
     }
 
     // Packs image `image` (candidate form: of the one text) and scores texts [begin, end) with it.
-    void score_image(const Texts<T>& texts, int64_t begin, int64_t end, int64_t image,
-                     Workspace<T>& work) {
+    void score_image(const Texts<E>& texts, int64_t begin, int64_t end, int64_t image,
+                     Workspace<T, E>& work) {
         pack_panels(texts.first, image, work);
         const int64_t block = std::clamp<int64_t>(kBlockBytes / text_bytes(), 1, end - begin);
         const int64_t lanes = kernels_.lanes, padded = panels(work) * lanes;
@@ -160,27 +149,25 @@ class Forward {
         }
     }
 
-    int64_t panels(const Workspace<T>& work) const {
+    int64_t panels(const Workspace<T, E>& work) const {
         return (work.image.count() + kernels_.lanes - 1) / kernels_.lanes;
     }
 
-    void pack_panels(int64_t text, int64_t image, Workspace<T>& work) {
+    void pack_panels(int64_t text, int64_t image, Workspace<T, E>& work) {
         const View& view = call_.image;
         const int64_t i = candidates_ ? text : image, j = candidates_ ? image : 0;
         work.image.find(mask_row(call_.image_mask, i, j), call_.image_mask.strides[view.rank - 2],
                         patches_);
         work.panels.resize(panels(work) * kernels_.lanes * depth_);
-        with_float_type(view.dtype, [&](auto* type) {
-            pack_image(view.at<std::remove_pointer_t<decltype(type)>>(i, j),
-                       view.strides[view.rank - 2], view.strides[view.rank - 1], work.image, depth_,
-                       kernels_.lanes, work.panels.data());
-        });
+        const Rows<In> rows{view.template at<const In>(i, j), view.strides[view.rank - 2],
+                            view.strides[view.rank - 1], features_};
+        pack_image(rows, work.image, kernels_.lanes, quick_, work.panels.data());
     }
 
-    void score_panel(const Texts<T>& texts, int64_t text, int64_t slot, int64_t panel,
-                     int64_t padded, Workspace<T>& work) {
+    void score_panel(const Texts<E>& texts, int64_t text, int64_t slot, int64_t panel,
+                     int64_t padded, Workspace<T, E>& work) {
         const int64_t lanes = kernels_.lanes, state = slot * bags_ * lanes;
-        PanelJob<T> job;
+        PanelJob<T, E> job;
         job.panel = work.panels.data() + panel * lanes * depth_;
         job.rows = texts.packed.data() + text * bags_ * depth_;
         job.depth = depth_;
@@ -195,8 +182,8 @@ class Forward {
     }
 
     // Both scores of one pair from its maxima.
-    void finish(const Texts<T>& texts, int64_t slot_in_group, int64_t slot, int64_t image,
-                int64_t padded, Workspace<T>& work) {
+    void finish(const Texts<E>& texts, int64_t slot_in_group, int64_t slot, int64_t image,
+                int64_t padded, Workspace<T, E>& work) {
         const Places& text = texts.places[slot_in_group];
         const int64_t i = texts.first + slot_in_group;
         const int64_t turned_i = candidates_ ? i : image, turned_j = candidates_ ? image : i;
@@ -250,21 +237,34 @@ class Forward {
     }
 
     const MaxSimForward& call_;
-    const MaxSimKernels<T>& kernels_;
-    int64_t texts_, bags_, depth_;
+    const MaxSimKernels<T, E>& kernels_;
+    PackPanel quick_;
+    int64_t texts_, bags_, features_, depth_;
     bool candidates_;
     int64_t images_, patches_;
     bool argmax_;
-    std::vector<Workspace<T>> workers_;
+    std::vector<Workspace<T, E>> workers_;
 };
 
 }  // namespace
 
 void maxsim_forward(const MaxSimForward& call) {
-    if (call.text.dtype == DType::f64)
-        Forward<double>(call).run();
-    else
-        Forward<float>(call).run();
+    const CpuKernels& kernels = kernels_of(active_isa());
+    const MaxSimKernels<float>& f32 = kernels.f32;
+    switch (call.text.dtype) {
+        case DType::f64:
+            return Forward<double, double, double>(call, scalar_f64_kernels(), nullptr).run();
+        case DType::f16:
+            return Forward<Half, float, float>(call, f32, f32.pack_f16).run();
+        case DType::bf16:
+            if (kernels.pairs != nullptr)
+                return Forward<BFloat16, BFloat16Pair, float>(call, *kernels.pairs,
+                                                              kernels.pairs->pack_bf16)
+                    .run();
+            return Forward<BFloat16, float, float>(call, f32, f32.pack_bf16).run();
+        default:
+            return Forward<float, float, float>(call, f32, f32.pack_f32).run();
+    }
 }
 
 }  // namespace bagformer

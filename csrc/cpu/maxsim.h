@@ -20,16 +20,18 @@
 #include <cstdint>
 
 #include "cpu/dispatch.h"
+#include "cpu/numbers.h"
 #include "cpu/view.h"
 
 namespace bagformer {
 
-// One text against one panel of one image.
-template <class T>
+// One text against one panel of one image. T: scores, float or double. E: what is packed, T itself
+// or, where the processor multiplies bfloat16 directly, two neighbours along D.
+template <class T, class E>
 struct PanelJob {
-    const T* panel;      // [depth][lanes], lanes past `valid` zero
-    const T* rows;       // tiles of a text, see tile_height
-    int64_t depth;       // D
+    const E* panel;      // [depth][lanes], lanes past `valid` zero or not there
+    const E* rows;       // tiles of a text, see tile_height
+    int64_t depth;       // D, in elements of E
     int32_t valid;       // patches in this panel, 1..lanes
     int32_t index;       // which panel of its image
     int32_t n_rows;      // bags
@@ -49,14 +51,20 @@ struct RowsJob {
     int32_t* patch;  // [n_rows] place among the packed patches; null: no argmax
 };
 
-template <class T>
+// One panel from token rows with stride 1 along D: `count` of them, at places[0..count).
+using PackPanel = void (*)(const void* features, int64_t token_stride, const int32_t* places,
+                           int32_t count, int64_t depth, void* panel);
+
+template <class T, class E = T>
 struct MaxSimKernels {
     int lanes;
     int max_rows;
     // True if a NaN is among the similarities. Without argmax the maxima are then void (any NaN
     // makes both scores NaN); with argmax they are exact, the first NaN winning.
-    bool (*panel)(const PanelJob<T>& job);
+    bool (*panel)(const PanelJob<T, E>& job);
     void (*rows)(const RowsJob<T>& job, bool has_nan);
+    // Quick packing from float32, bfloat16 and float16, where there is any.
+    PackPanel pack_f32 = nullptr, pack_bf16 = nullptr, pack_f16 = nullptr;
 };
 
 // A text's bags are cut into tiles of at most max_rows, all of one height but for the last ones,
@@ -98,6 +106,8 @@ using AddScaled = void (*)(void* total, const void* row, double scale, int64_t d
 struct CpuKernels {
     MaxSimKernels<float> f32;
     AddScaled add_f32, add_bf16, add_f16;
+    // bfloat16 features multiplied as they are; null where the processor cannot.
+    const MaxSimKernels<float, BFloat16Pair>* pairs = nullptr;
 };
 
 const MaxSimKernels<double>& scalar_f64_kernels();
@@ -106,6 +116,7 @@ const CpuKernels& scalar_kernels();
 #if BAGFORMER_X86
 const CpuKernels& avx2_kernels();
 const CpuKernels& avx512_kernels();
+const CpuKernels& avx512bf16_kernels();
 #endif
 
 const CpuKernels& kernels_of(Isa isa);

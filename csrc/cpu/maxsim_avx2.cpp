@@ -11,18 +11,20 @@
 #include "cpu/numbers.h"
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #elif defined(__GNUC__)
 #pragma GCC push_options
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 namespace bagformer {
 namespace {
 
 struct F32x8 {
-    using T = float;
+    using T = float;  // scores
+    using E = float;  // packed features
     using V = __m256;
+    using P = __m256;
     using I = __m256i;
     using M = __m256;
     static constexpr int kWidth = 8;
@@ -31,7 +33,9 @@ struct F32x8 {
     static V load(const float* p) { return _mm256_loadu_ps(p); }
     static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
     static V set1(float x) { return _mm256_set1_ps(x); }
-    static V fma(V a, V b, V c) { return _mm256_fmadd_ps(a, b, c); }
+    static P load_packed(const E* p) { return _mm256_loadu_ps(p); }
+    static P broadcast(E x) { return _mm256_set1_ps(x); }
+    static V fma(P a, P b, V c) { return _mm256_fmadd_ps(a, b, c); }
     static V max(V a, V b) { return _mm256_max_ps(a, b); }
     static float highest(V v) {
         __m128 best = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -60,6 +64,47 @@ struct F32x8 {
     static I iblend(M m, I yes, I no) {
         return _mm256_blendv_epi8(no, yes, _mm256_castps_si256(m));
     }
+
+    static V load_row(const float* p) { return _mm256_loadu_ps(p); }
+    static V load_row(const BFloat16* p) {
+        const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+        return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+    }
+    static V load_row(const Half* p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    template <class In>
+    static E element(In x) {
+        return widen(x);
+    }
+    static void store_packed(E* p, V v) { _mm256_storeu_ps(p, v); }
+
+    // rows[i] lane j <-> rows[j] lane i
+    static void transpose(V* rows) {
+        V half[8];
+#pragma GCC unroll 4
+        for (int i = 0; i < 8; i += 2) {
+            half[i] = _mm256_unpacklo_ps(rows[i], rows[i + 1]);
+            half[i + 1] = _mm256_unpackhi_ps(rows[i], rows[i + 1]);
+        }
+        __m256d quarter[8];
+#pragma GCC unroll 2
+        for (int i = 0; i < 8; i += 4)
+#pragma GCC unroll 2
+            for (int j = 0; j < 2; ++j) {
+                const __m256d low = _mm256_castps_pd(half[i + j]);
+                const __m256d high = _mm256_castps_pd(half[i + j + 2]);
+                quarter[i + 2 * j] = _mm256_unpacklo_pd(low, high);
+                quarter[i + 2 * j + 1] = _mm256_unpackhi_pd(low, high);
+            }
+        // now lane group k of quarter[4 i + j] is column 4 k + j of rows 4 i .. 4 i + 3
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; ++j) {
+            const V top = _mm256_castpd_ps(quarter[j]), last = _mm256_castpd_ps(quarter[4 + j]);
+            rows[j] = _mm256_permute2f128_ps(top, last, 0x20);
+            rows[4 + j] = _mm256_permute2f128_ps(top, last, 0x31);
+        }
+    }
 };
 
 #include "cpu/maxsim_kernel.h"
@@ -67,7 +112,7 @@ struct F32x8 {
 }  // namespace
 
 const CpuKernels& avx2_kernels() {
-    static const CpuKernels kernels{kernels_over<F32x8>(), add_scaled<float, float>,
+    static const CpuKernels kernels{f32_kernels_over<F32x8>(), add_scaled<float, float>,
                                     add_scaled<float, BFloat16>, add_scaled<float, Half>};
     return kernels;
 }

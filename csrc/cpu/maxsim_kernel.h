@@ -2,9 +2,12 @@
 // unnamed namespace, after every other header and after the target pragma: nothing from here may be
 // shared between files that were compiled for different processors.
 
+template <class Vec>
+using Job = PanelJob<typename Vec::T, typename Vec::E>;
+
 // S of HEIGHT bags with COLUMNS vectors of patches, folded into both maxima.
 template <class Vec, int HEIGHT, int COLUMNS, bool ARGMAX>
-bool score_tile(const PanelJob<typename Vec::T>& job, const typename Vec::T* rows, int first_row) {
+bool score_tile(const Job<Vec>& job, const typename Vec::E* rows, int first_row) {
     constexpr int kLanes = 2 * Vec::kWidth;
     using T = typename Vec::T;
     typename Vec::V sum[HEIGHT][COLUMNS];
@@ -12,14 +15,14 @@ bool score_tile(const PanelJob<typename Vec::T>& job, const typename Vec::T* row
     for (int r = 0; r < HEIGHT; ++r)
 #pragma GCC unroll 2
         for (int c = 0; c < COLUMNS; ++c) sum[r][c] = Vec::set1(T(0));
-    const T* panel = job.panel;
+    const typename Vec::E* panel = job.panel;
     for (int64_t d = 0; d < job.depth; ++d, panel += kLanes, rows += HEIGHT) {
-        typename Vec::V patches[COLUMNS];
+        typename Vec::P patches[COLUMNS];
 #pragma GCC unroll 2
-        for (int c = 0; c < COLUMNS; ++c) patches[c] = Vec::load(panel + c * Vec::kWidth);
+        for (int c = 0; c < COLUMNS; ++c) patches[c] = Vec::load_packed(panel + c * Vec::kWidth);
 #pragma GCC unroll 16
         for (int r = 0; r < HEIGHT; ++r) {
-            const typename Vec::V bag = Vec::set1(rows[r]);
+            const typename Vec::P bag = Vec::broadcast(rows[r]);
 #pragma GCC unroll 2
             for (int c = 0; c < COLUMNS; ++c) sum[r][c] = Vec::fma(bag, patches[c], sum[r][c]);
         }
@@ -62,8 +65,7 @@ bool score_tile(const PanelJob<typename Vec::T>& job, const typename Vec::T* row
 }
 
 template <class Vec, int COLUMNS, bool ARGMAX, int HEIGHT = Vec::kMaxRows>
-bool score_height(const PanelJob<typename Vec::T>& job, const typename Vec::T* rows, int first_row,
-                  int height) {
+bool score_height(const Job<Vec>& job, const typename Vec::E* rows, int first_row, int height) {
     if (height == HEIGHT) return score_tile<Vec, HEIGHT, COLUMNS, ARGMAX>(job, rows, first_row);
     if constexpr (HEIGHT > 1)
         return score_height<Vec, COLUMNS, ARGMAX, HEIGHT - 1>(job, rows, first_row, height);
@@ -71,9 +73,9 @@ bool score_height(const PanelJob<typename Vec::T>& job, const typename Vec::T* r
 }
 
 template <class Vec, int COLUMNS, bool ARGMAX>
-bool score_rows(const PanelJob<typename Vec::T>& job) {
+bool score_rows(const Job<Vec>& job) {
     bool nan = false;
-    const typename Vec::T* rows = job.rows;
+    const typename Vec::E* rows = job.rows;
     for (int row = 0, tile = 0; row < job.n_rows; ++tile) {
         const int height = tile_height(job.n_rows, tile, Vec::kMaxRows);
         nan |= score_height<Vec, COLUMNS, ARGMAX>(job, rows, row, height);
@@ -84,7 +86,7 @@ bool score_rows(const PanelJob<typename Vec::T>& job) {
 }
 
 template <class Vec>
-bool score_panel(const PanelJob<typename Vec::T>& job) {
+bool score_panel(const Job<Vec>& job) {
     const bool argmax = job.lane_row != nullptr;
     const bool wide = job.valid > Vec::kWidth;
     for (int lane = 0; lane < 2 * Vec::kWidth; ++lane) {
@@ -129,7 +131,45 @@ void add_scaled(void* total_data, const void* row_data, double scale, int64_t de
     for (int64_t d = 0; d < depth; ++d) total[d] += factor * static_cast<Total>(widen(row[d]));
 }
 
+// Square blocks of rows, transposed in registers.
+template <class Vec, class In>
+void pack_panel(const void* features, int64_t token_stride, const int32_t* places, int32_t count,
+                int64_t depth, void* panel) {
+    constexpr int kLanes = 2 * Vec::kWidth, kWidth = Vec::kWidth;
+    using E = typename Vec::E;
+    const In* base = static_cast<const In*>(features);
+    E* out = static_cast<E*>(panel);
+    for (int first = 0; first < count; first += kWidth) {
+        const int rows = count - first < kWidth ? count - first : kWidth;
+        int64_t d = 0;
+        for (; d + kWidth <= depth; d += kWidth) {
+            typename Vec::V block[kWidth];
+#pragma GCC unroll 16
+            for (int r = 0; r < kWidth; ++r)
+                block[r] = r < rows ? Vec::load_row(base + places[first + r] * token_stride + d)
+                                    : Vec::set1(0.0f);
+            Vec::transpose(block);
+#pragma GCC unroll 16
+            for (int k = 0; k < kWidth; ++k)
+                Vec::store_packed(out + (d + k) * kLanes + first, block[k]);
+        }
+        for (; d < depth; ++d)
+            for (int r = 0; r < kWidth; ++r)
+                out[d * kLanes + first + r] =
+                    r < rows ? Vec::element(base[places[first + r] * token_stride + d]) : E{};
+    }
+}
+
 template <class Vec>
-MaxSimKernels<typename Vec::T> kernels_over() {
+MaxSimKernels<typename Vec::T, typename Vec::E> kernels_over() {
     return {2 * Vec::kWidth, Vec::kMaxRows, score_panel<Vec>, reduce_rows<Vec>};
+}
+
+template <class Vec>
+MaxSimKernels<float> f32_kernels_over() {
+    MaxSimKernels<float> kernels = kernels_over<Vec>();
+    kernels.pack_f32 = pack_panel<Vec, float>;
+    kernels.pack_bf16 = pack_panel<Vec, BFloat16>;
+    kernels.pack_f16 = pack_panel<Vec, Half>;
+    return kernels;
 }

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <cstdint>
-#include <limits>
+#include <type_traits>
 #include <vector>
 
 #include "cpu/maxsim.h"
@@ -45,42 +45,73 @@ void with_float_type(DType dtype, Use&& use) {
     }
 }
 
+// Element d of a token row that starts at `row`, as it is packed.
+template <class E>
+struct Packed {
+    static int64_t depth(int64_t features) { return features; }
+
+    template <class In>
+    static E at(const In* row, int64_t stride, int64_t d, int64_t) {
+        return static_cast<E>(widen(row[d * stride]));
+    }
+};
+
+template <>
+struct Packed<BFloat16Pair> {
+    static int64_t depth(int64_t features) { return (features + 1) / 2; }
+
+    static BFloat16Pair at(const BFloat16* row, int64_t stride, int64_t d, int64_t features) {
+        const BFloat16 zero{0};
+        return {row[2 * d * stride], 2 * d + 1 < features ? row[(2 * d + 1) * stride] : zero};
+    }
+};
+
+// Token rows of one text or image.
+template <class In>
+struct Rows {
+    const In* features;
+    int64_t token_stride, stride, depth;
+};
+
 // `count` token rows side by side: out[d * width + row] for row < count, zero up to width.
-template <class T, class In>
-void interleave(const In* features, int64_t token_stride, int64_t stride, const int32_t* places,
-                int count, int width, int64_t depth, T* out) {
+template <class E, class In>
+void interleave(const Rows<In>& rows, const int32_t* places, int count, int width, E* out) {
+    const int64_t depth = Packed<E>::depth(rows.depth);
     for (int row = 0; row < width; ++row) {
-        T* column = out + row;
-        if (row >= count) {
-            for (int64_t d = 0; d < depth; ++d) column[d * width] = T(0);
-            continue;
-        }
-        const In* source = features + places[row] * token_stride;
+        E* column = out + row;
+        const In* source = rows.features + (row < count ? places[row] * rows.token_stride : 0);
         for (int64_t d = 0; d < depth; ++d)
-            column[d * width] = static_cast<T>(widen(source[d * stride]));
+            column[d * width] =
+                row < count ? Packed<E>::at(source, rows.stride, d, rows.depth) : E{};
     }
 }
 
 // Text tiles behind each other; `out` has room for count * depth.
-template <class T, class In>
-void pack_text(const In* features, int64_t token_stride, int64_t stride, const Places& places,
-               int64_t depth, int max_rows, T* out) {
+template <class E, class In>
+void pack_text(const Rows<In>& rows, const Places& places, int max_rows, E* out) {
     for (int row = 0, tile = 0; row < places.count(); ++tile) {
         const int height = tile_height(places.count(), tile, max_rows);
-        interleave(features, token_stride, stride, places.index.data() + row, height, height, depth,
-                   out + row * depth);
+        interleave(rows, places.index.data() + row, height, height,
+                   out + row * Packed<E>::depth(rows.depth));
         row += height;
     }
 }
 
-// Image panels behind each other; `out` has room for whole panels.
-template <class T, class In>
-void pack_image(const In* features, int64_t token_stride, int64_t stride, const Places& places,
-                int64_t depth, int lanes, T* out) {
+// Image panels behind each other; `out` has room for whole panels. `quick` may be null.
+template <class E, class In>
+void pack_image(const Rows<In>& rows, const Places& places, int lanes, PackPanel quick, E* out) {
+    constexpr int64_t kStep = std::is_same_v<E, BFloat16Pair> ? 2 : 1;
+    const int64_t depth = Packed<E>::depth(rows.depth);
+    if (rows.stride != 1 || rows.depth % kStep != 0 || rows.token_stride % kStep != 0)
+        quick = nullptr;
     for (int first = 0; first < places.count(); first += lanes) {
         const int valid = places.count() - first < lanes ? places.count() - first : lanes;
-        interleave(features, token_stride, stride, places.index.data() + first, valid, lanes, depth,
-                   out + first * depth);
+        const int32_t* chosen = places.index.data() + first;
+        if (quick != nullptr)
+            quick(rows.features, rows.token_stride / kStep, chosen, valid, depth,
+                  out + first * depth);
+        else
+            interleave(rows, chosen, valid, lanes, out + first * depth);
     }
 }
 

@@ -23,7 +23,9 @@ struct Plain {
         bool lane[kWide];
     };
     using T = Scalar;
+    using E = Scalar;
     using V = Floats;
+    using P = Floats;
     using I = Ints;
     using M = Flags;
     static constexpr int kWidth = kWide;
@@ -46,6 +48,8 @@ struct Plain {
     static V set1(T x) {
         return each<V>([&](int) { return x; });
     }
+    static P load_packed(const E* p) { return load(p); }
+    static P broadcast(E x) { return set1(x); }
     static V fma(const V& a, const V& b, const V& c) {
         return each<V>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
     }
@@ -111,6 +115,7 @@ AddScaled scalar_add_f64() { return add_scaled<double, double>; }
 
 const CpuKernels& kernels_of(Isa isa) {
 #if BAGFORMER_X86
+    if (isa == Isa::avx512bf16) return avx512bf16_kernels();
     if (isa == Isa::avx512) return avx512_kernels();
     if (isa == Isa::avx2) return avx2_kernels();
 #endif

@@ -14,6 +14,11 @@ struct Half {
     uint16_t bits;
 };
 
+// Two neighbours along D, as the bfloat16 dot product takes them.
+struct BFloat16Pair {
+    BFloat16 low, high;
+};
+
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
 inline float widen(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }

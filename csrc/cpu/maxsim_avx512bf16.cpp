@@ -1,0 +1,68 @@
+// AVX-512 with bfloat16 products: VDPBF16PS multiplies two neighbours along D and adds both to a
+// float sum, twice the products of an FMA. Each product is exact and each sum rounded to nearest,
+// as in the float chain; subnormal numbers count as zero. float32 and float16 run as under plain
+// AVX-512.
+#include "cpu/maxsim.h"
+
+#if BAGFORMER_X86
+#include <immintrin.h>
+
+#include <bit>
+#include <cstdint>
+#include <limits>
+
+#include "cpu/numbers.h"
+
+#if defined(__clang__)
+#pragma clang attribute push(                                                     \
+    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), \
+    apply_to = function)
+#elif defined(__GNUC__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
+#endif
+
+namespace bagformer {
+namespace {
+
+#include "cpu/maxsim_kernel.h"
+#include "cpu/vector_avx512.h"
+
+struct BF16x32 : F32x16 {
+    using E = BFloat16Pair;
+    using P = __m512i;
+
+    static P load_packed(const E* p) { return _mm512_loadu_si512(p); }
+    static P broadcast(E x) { return _mm512_set1_epi32(std::bit_cast<int32_t>(x)); }
+    static V fma(P a, P b, V c) {
+        return _mm512_dpbf16_ps(c, std::bit_cast<__m512bh>(a), std::bit_cast<__m512bh>(b));
+    }
+    static V load_row(const E* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
+    static E element(E x) { return x; }
+    static void store_packed(E* p, V v) { _mm512_storeu_si512(p, _mm512_castps_si512(v)); }
+};
+
+}  // namespace
+
+const CpuKernels& avx512bf16_kernels() {
+    static const MaxSimKernels<float, BFloat16Pair> pairs = [] {
+        MaxSimKernels<float, BFloat16Pair> made = kernels_over<BF16x32>();
+        made.pack_bf16 = pack_panel<BF16x32, BFloat16Pair>;
+        return made;
+    }();
+    static const CpuKernels kernels = [] {
+        CpuKernels made = avx512_kernels();
+        made.pairs = &pairs;
+        return made;
+    }();
+    return kernels;
+}
+
+}  // namespace bagformer
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#elif defined(__GNUC__)
+#pragma GCC pop_options
+#endif
+#endif

@@ -1,0 +1,101 @@
+"""The choice of a backend, and of an instruction set."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.makers import features
+
+from bagformer import explain_backend, l2_normalize, maxsim
+from bagformer.ops import _native
+from bagformer.ops.backend import choose_backend
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+def test_argument_beats_environment_beats_default(monkeypatch):
+    assert choose_backend("maxsim", CPU, torch.float32).backend == "cpu"
+    monkeypatch.setenv("BAGFORMER_BACKEND", "reference")
+    assert choose_backend("maxsim", CPU, torch.float32).backend == "reference"
+    assert choose_backend("maxsim", CPU, torch.float32, "torch").backend == "torch"
+    monkeypatch.delenv("BAGFORMER_BACKEND")
+    assert choose_backend("maxsim", CUDA, torch.float32).backend == "torch"
+
+
+def test_impossible_choices(monkeypatch):
+    with pytest.raises(ValueError, match="backend='cpu' needs CPU tensors, got tensors on cuda"):
+        choose_backend("maxsim", CUDA, torch.float32, "cpu")
+    monkeypatch.setenv("BAGFORMER_BACKEND", "quick")
+    with pytest.raises(ValueError, match=r"BAGFORMER_BACKEND must be one of auto, .* got 'quick'"):
+        maxsim(features(1, 2, 3), features(1, 2, 3))
+
+
+def test_explanation_names_backend_reason_and_instruction_set(monkeypatch):
+    text = features(1, 2, 3)
+    monkeypatch.setenv("BAGFORMER_CPU_ISA", "scalar")
+    line = explain_backend("maxsim", text)
+    assert "backend 'cpu'" in line and "instruction set scalar" in line
+    assert f"{torch.get_num_threads()} threads" in line
+    line = explain_backend("bag_pool", text, backend="torch")
+    assert "backend 'torch' (backend='torch' asks for it)" in line
+    monkeypatch.setenv("BAGFORMER_BACKEND", "torch")
+    assert "BAGFORMER_BACKEND='torch' asks for it" in explain_backend("maxsim", text)
+    with pytest.raises(ValueError, match=r"op must be one of bag_pool, .* got 'softmax'"):
+        explain_backend("softmax", text)
+    with pytest.raises(ValueError, match="at least one of the operator's tensors"):
+        explain_backend("maxsim")
+
+
+def test_instruction_set_is_validated(monkeypatch):
+    monkeypatch.setenv("BAGFORMER_CPU_ISA", "mmx")
+    with pytest.raises(ValueError, match="must be scalar, avx2, avx512 or avx512bf16; got 'mmx'"):
+        maxsim(features(1, 2, 3), features(1, 2, 3))
+    monkeypatch.setenv("BAGFORMER_CPU_ISA", "scalar")
+    assert _native.load().cpu_isa() == "scalar"
+    monkeypatch.delenv("BAGFORMER_CPU_ISA")
+    assert _native.load().cpu_isa() == _native.load().best_cpu_isa()
+
+
+def test_a_missing_instruction_set_is_an_error(monkeypatch):
+    if _native.load().best_cpu_isa() == "avx512bf16":
+        pytest.skip("this processor has every instruction set that can be asked for")
+    monkeypatch.setenv("BAGFORMER_CPU_ISA", "avx512bf16")
+    with pytest.raises(
+        ValueError, match="asks for avx512bf16, but this processor or build has at most"
+    ):
+        maxsim(features(1, 2, 3), features(1, 2, 3))
+
+
+def test_without_the_extension(monkeypatch):
+    monkeypatch.setattr(_native, "extension", None)
+    monkeypatch.setattr(_native, "LOAD_ERROR", ImportError("no such file"))
+    choice = choose_backend("maxsim", CPU, torch.float32)
+    assert choice.backend == "torch" and "not built" in choice.reason
+    assert l2_normalize(torch.tensor([3.0, 4.0])).tolist() == pytest.approx([0.6, 0.8])
+    with pytest.raises(ImportError, match=r"pip install -e \..*backend='torch'.*no such file"):
+        maxsim(features(1, 2, 3), features(1, 2, 3), backend="cpu")
+
+
+def test_a_users_global_precision_is_neither_used_nor_changed():
+    text, image = features(3, 5, 64), features(2, 9, 64, seed=1)
+    truth = maxsim(text, image, backend="torch")
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        ours = maxsim(text, image, backend="torch")
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    torch.testing.assert_close(ours.text_to_image, truth.text_to_image, rtol=0, atol=0)
+
+
+def test_the_operators_work_without_triton():
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import torch, bagformer\n"
+        "assert bagformer.maxsim(torch.ones(1, 2, 3), torch.ones(1, 4, 3))[0].item() == 6\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,127 @@
+"""Wrong arguments are named; empty and nested ones work."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.makers import features, mask
+
+from bagformer import maxsim, maxsim_pairs, maxsim_topk, reference
+from bagformer.ops import _native
+
+TEXT, IMAGE = features(2, 3, 4), features(5, 6, 4)
+
+WRONG = [
+    ({"text": [[1.0]]}, TypeError, "text must be a torch.Tensor, got list"),
+    ({"text": TEXT.int()}, TypeError, "text must be float32, .* got torch.int32"),
+    ({"text": TEXT.to(torch.complex64)}, TypeError, "text must be float32, .* got torch.complex64"),
+    ({"text": TEXT[0]}, ValueError, r"text must have shape \[Nt, N, D\], got \[3, 4\]"),
+    ({"text": TEXT.to_sparse()}, TypeError, "text must be a dense tensor"),
+    ({"image": IMAGE[0, 0]}, ValueError, r"image must have shape \[Ni, P, D\] or .* got \[4\]"),
+    ({"image": IMAGE.double()}, TypeError, r"image must have the dtype of text \(torch.float32\)"),
+    (
+        {"image": IMAGE[..., :3]},
+        ValueError,
+        r"image must have the feature size D of text \(4\), got 3",
+    ),
+    ({"image": IMAGE.to("meta")}, ValueError, r"image must be on the device of text \(cpu\)"),
+    ({"image": features(5, 2, 6, 4)}, ValueError, r"must have Nt = 2 as text, got \[5, 2, 6, 4\]"),
+    ({"text_mask": mask(2, 3).int()}, TypeError, r"text_mask must be bool .* got torch.int32"),
+    (
+        {"text_mask": mask(3, 2)},
+        ValueError,
+        r"text_mask must have shape \[2, 3\] as text, got \[3, 2\]",
+    ),
+    (
+        {"image_mask": mask(5)},
+        ValueError,
+        r"image_mask must have shape \[5, 6\] as image, got \[5\]",
+    ),
+    ({"image_mask": [True]}, TypeError, "image_mask must be a torch.Tensor, got list"),
+    (
+        {"image_mask": mask(5, 6).to("meta")},
+        ValueError,
+        "image_mask must be on the device of image",
+    ),
+    ({"mask_mode": "ignore"}, ValueError, "mask_mode must be one of exclude, zero; got 'ignore'"),
+    ({"directions": "sideways"}, ValueError, "directions must be one of both, .* got 'sideways'"),
+    ({"reduction": "max"}, ValueError, "reduction must be one of sum, mean; got 'max'"),
+    ({"precision": "fp8"}, ValueError, "precision must be one of fp32, tf32, bf16; got 'fp8'"),
+    ({"backend": "cuda"}, ValueError, "backend must be one of auto, cpu, .* got 'cuda'"),
+]
+
+
+@pytest.mark.parametrize("wrong,error,message", WRONG)
+def test_wrong_arguments(wrong, error, message):
+    call = {"text": TEXT, "image": IMAGE, **wrong}
+    with pytest.raises(error, match=message):
+        maxsim(call.pop("text"), call.pop("image"), **call)
+
+
+def test_wrong_pairs():
+    with pytest.raises(ValueError, match="as many items each, got 2 texts and 5 images"):
+        maxsim_pairs(TEXT, IMAGE)
+    with pytest.raises(ValueError, match=r"image must have shape \[B, P, D\]"):
+        maxsim_pairs(TEXT, IMAGE[:2, None])
+
+
+def test_a_wrong_view_never_reaches_the_kernels():
+    op = torch.ops.bagformer.maxsim
+    rest = ("exclude", "both", "sum", False, "fp32", "auto")
+    for text, image, text_mask in (
+        (TEXT, IMAGE[..., :2], None),
+        (TEXT, IMAGE.double(), None),
+        (TEXT, IMAGE, mask(1, 3)),
+    ):
+        with pytest.raises(ValueError, match="internal view"):
+            op(text, image, text_mask, None, *rest)
+    with pytest.raises(ValueError, match="rank 5"):
+        _native.load().l2_normalize(_native.view(torch.ones(1, 1, 1, 1, 1)), 1e-12, None, 1)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+@pytest.mark.parametrize(
+    "texts,bags,images,patches",
+    [(0, 3, 2, 5), (2, 0, 2, 5), (2, 3, 0, 5), (2, 3, 2, 0), (0, 0, 0, 0)],
+)
+def test_empty(texts, bags, images, patches, backend):
+    text, image = features(texts, bags, 4), features(images, patches, 4)
+    ours = maxsim(text, image, return_argmax=True, backend=backend)
+    for mine, true in zip(ours, reference.maxsim(text, image, return_argmax=True), strict=True):
+        assert torch.equal(mine, true)
+
+
+def test_no_features_at_all_score_zero():
+    scores = maxsim(torch.ones(2, 3, 0), torch.ones(4, 5, 0), return_argmax=True)
+    assert not scores.text_to_image.any() and not scores.text_argmax.any()
+
+
+def jagged(padded, keep):
+    parts = [row[chosen] for row, chosen in zip(padded, keep, strict=True)]
+    return torch.nested.nested_tensor(parts, layout=torch.jagged)
+
+
+def test_nested_tensors_are_their_padded_forms():
+    lengths = torch.tensor([3, 1, 4]), torch.tensor([6, 2, 5])
+    text, image = features(3, 4, 8), features(3, 6, 8, seed=1)
+    keeps = [torch.arange(n) < length[:, None] for n, length in zip((4, 6), lengths, strict=True)]
+    truth = maxsim(text, image, text_mask=keeps[0], image_mask=keeps[1])
+    nested = jagged(text, keeps[0]).requires_grad_(), jagged(image, keeps[1])
+    ours = maxsim(*nested)
+    assert torch.equal(ours.text_to_image, truth.text_to_image)
+    assert torch.equal(maxsim_pairs(*nested)[1], truth.image_to_text.diagonal())
+    topk = maxsim_topk(*nested, 2)
+    assert torch.equal(topk.scores, truth.text_to_image.sort(descending=True).values[:, :2])
+    ours.text_to_image.sum().backward()
+    leaf = text.clone().requires_grad_()
+    maxsim(leaf, image, text_mask=keeps[0], image_mask=keeps[1]).text_to_image.sum().backward()
+    assert torch.equal(nested[0].grad.to_padded_tensor(0.0), leaf.grad)
+
+
+def test_nested_tensors_bring_their_own_mask():
+    nested = jagged(features(2, 3, 4), torch.ones(2, 3, dtype=torch.bool))
+    with pytest.raises(ValueError, match="text_mask must be None: the nested text has lengths"):
+        maxsim(nested, IMAGE, text_mask=mask(2, 3))
+    strided = torch.nested.nested_tensor([torch.ones(1, 4), torch.ones(2, 4)])
+    with pytest.raises(ValueError, match="text must be a contiguous jagged tensor"):
+        maxsim(strided, IMAGE)
