@@ -284,8 +284,8 @@ def segment(
     offsets = torch.full((len(rows), width + 1), length, dtype=torch.int32)
     mask = torch.zeros(len(rows), width, dtype=torch.bool)
     for b, (row, bounds) in enumerate(zip(rows, starts, strict=True)):
-        spans = list(zip(bounds, [*bounds[1:], length], strict=True))[: counts[b]]
-        for n, (start, end) in enumerate(spans):
+        ends = [*bounds, length][1:]
+        for n, (start, end) in enumerate(zip(bounds[: counts[b]], ends, strict=False)):
             offsets[b, n] = start
             mask[b, n] = not (end - start == 1 and row[start] in masked)
     return offsets, mask, torch.tensor(counts, dtype=torch.int32)

@@ -101,18 +101,19 @@ Image Builder::finish() {
     std::vector<uint32_t> order = sorted_distinct();
     counts_.kept = order.size();
     for (uint32_t& token : tokens_) token = alphabet.code(token);
-    Trie trie(alphabet.size(), tokens_, starts_, order);
+    const Trie trie(tokens_, starts_, order);
     counts_.unreachable = matcher_ == Matcher::original ? trie.unchained() : 0;
     std::vector<uint32_t>().swap(tokens_);
     std::vector<uint32_t>({0}).swap(starts_);
     std::vector<uint32_t>().swap(order);
+    PackedTrie packed = pack(trie, alphabet.size());
 
     const bool linked = matcher_ == Matcher::leftmost_longest;
     std::vector<Link> links;
     std::vector<Item> items;
     if (linked) {
-        links.resize(trie.n_slots());
-        items = link(trie, links);
+        links.resize(packed.slots.size());
+        items = link(trie, packed, links);
     }
     Header header{};
     std::copy(std::begin(kMagic), std::end(kMagic), header.magic);
@@ -124,7 +125,7 @@ Image Builder::finish() {
     header.alphabet = alphabet.size();
     header.n_dense = uint32_t(alphabet.dense().size());
     header.n_rare = uint32_t(alphabet.rare().size());
-    header.n_slots = trie.n_slots();
+    header.n_slots = uint32_t(packed.slots.size());
     header.n_links = uint32_t(links.size());
     header.n_items = uint32_t(items.size());
     header.n_masked = uint32_t(masked_.size());
@@ -135,7 +136,7 @@ Image Builder::finish() {
     section<Header>(image, 0, 1)[0] = header;
     write(image, layout.dense, alphabet.dense());
     write(image, layout.rare, alphabet.rare());
-    write(image, layout.slots, trie.slots());
+    write(image, layout.slots, packed.slots);
     write(image, layout.links, links);
     write(image, layout.items, items);
     write(image, layout.masked, masked_);

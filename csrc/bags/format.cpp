@@ -136,6 +136,11 @@ void check_links(const View& view) {
                 "an item reaches into undecided tokens");
         require(((word & kPlain) != 0) == (link.fail == 0 && link.item == 0),
                 "a plain flag is wrong");
+        if (word & kTerminal) {
+            const uint32_t whole = link.depth >= 2 ? link.depth : 0;
+            require(link.fail == 0 && item.previous == 0 && item.start == 0 && item.length == whole,
+                    "an entity's own link is wrong");
+        }
     }
 }
 

@@ -73,12 +73,11 @@ class Linker {
 
 }  // namespace
 
-std::vector<Item> link(Trie& trie, std::span<Link> links) {
-    Linker linker(trie.slots(), links);
-    const auto& starts = trie.level_starts();
-    for (uint32_t depth = 1; depth + 1 < starts.size(); ++depth) {
-        for (uint64_t k = starts[depth]; k < starts[depth + 1]; ++k) {
-            linker.visit(trie.by_depth()[k], depth);
+std::vector<Item> link(const Trie& trie, PackedTrie& packed, std::span<Link> links) {
+    Linker linker(packed.slots, links);
+    for (uint32_t depth = 1; depth + 1 < trie.levels().size(); ++depth) {
+        for (uint32_t node = trie.levels()[depth]; node < trie.levels()[depth + 1]; ++node) {
+            linker.visit(packed.slot_of_node[node], depth);
         }
     }
     return linker.take_items();

@@ -7,29 +7,34 @@ void match_leftmost_longest(const View& view, std::span<const uint32_t> codes, R
     const Link* links = view.links.data();
     const Item* items = view.items.data();
     uint32_t state = 0;
-    // A state of depth d after t tokens: all before token t - d is decided.
+    uint64_t first = 0;  // all tokens before it are decided; the path to `state` starts here
     const auto fail = [&](uint64_t read) {
-        const Link& link = links[state];
-        const uint64_t base = read - link.depth;
-        for (uint32_t k = link.item; k != 0; k = items[k].previous) {
-            row.join(base + items[k].start, items[k].length);
+        const uint32_t word = slots[state].word;
+        if (word & (kPlain | kTerminal)) {
+            // Both lead to the root, so the link, most likely not in any cache, need not be read.
+            if (word & kTerminal) row.join(first, read - first);
+            state = 0;
+            first = read;
+            return;
         }
-        state = link.fail;
+        for (uint32_t k = links[state].item; k != 0; k = items[k].previous) {
+            row.join(first + items[k].start, items[k].length);
+        }
+        state = links[state].fail;
+        first = read - links[state].depth;
     };
     for (uint64_t t = 0; t < codes.size(); ++t) {
         for (;;) {
-            const uint32_t word = slots[state].word;
-            const uint32_t next = (word & kIndex) + codes[t];
+            const uint32_t next = (slots[state].word & kIndex) + codes[t];
             if (slots[next].check == state) {
                 state = next;
                 break;
             }
-            if (state == 0) break;
-            if (word & kPlain) {
-                state = 0;
-            } else {
-                fail(t);
+            if (state == 0) {
+                first = t + 1;
+                break;
             }
+            fail(t);
         }
     }
     while (state != 0) fail(codes.size());

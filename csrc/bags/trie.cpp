@@ -1,56 +1,49 @@
 #include "bags/trie.h"
 
-#include <algorithm>
-
 namespace bagformer::bags {
 namespace {
 
-// The entities order[low] .. order[high - 1], which share the path to `slot`.
+// The entities order[low] .. order[high - 1], which share the path to a node.
 struct Group {
-    uint32_t low, high, slot;
-    bool chained;  // every prefix of two or more tokens, this path included, is an entity
+    uint32_t low, high;
+    bool chained;  // every prefix of two or more tokens, short of the path itself, is an entity
 };
 
 }  // namespace
 
-Trie::Trie(uint32_t alphabet, std::span<const uint32_t> tokens, std::span<const uint32_t> starts,
-           std::span<const uint32_t> order)
-    : array_(alphabet) {
-    std::vector<Group> level, below;
-    std::vector<uint32_t> codes;
-    if (!order.empty()) level.push_back({0, uint32_t(order.size()), 0, true});
+Trie::Trie(std::span<const uint32_t> tokens, std::span<const uint32_t> starts,
+           std::span<const uint32_t> order) {
+    std::vector<Group> level{{0, uint32_t(order.size()), true}}, below;
+    labels_.push_back(0);
     for (uint32_t depth = 0; !level.empty(); ++depth) {
-        level_starts_.push_back(by_depth_.size());
+        levels_.push_back(uint32_t(first_children_.size()));
         below.clear();
-        for (const Group& group : level) {
-            by_depth_.push_back(group.slot);
-            uint32_t low = group.low;
-            const uint32_t first = order[low];
-            const bool terminal = starts[first + 1] - starts[first] == depth;
+        for (auto [low, high, chained] : level) {
+            const uint32_t node = uint32_t(first_children_.size());
+            first_children_.push_back(uint32_t(labels_.size()));
+            const bool terminal =
+                low < high && starts[order[low] + 1] - starts[order[low]] == depth;
             if (terminal) {
-                slots()[group.slot].word |= kTerminal;
-                unchained_ += !group.chained;
-                if (++low == group.high) continue;
+                labels_[node] |= kMarked;
+                unchained_ += !chained;
+                ++low;
             }
-            const bool chained = group.chained && (depth < 2 || terminal);
-            const size_t first_child = below.size();
-            codes.clear();
-            for (uint32_t k = low; k < group.high; ++k) {
+            chained = chained && (depth < 2 || terminal);
+            uint32_t last = 0;  // no entity holds code 0
+            for (uint32_t k = low; k < high; ++k) {
                 const uint32_t code = tokens[starts[order[k]] + depth];
-                if (codes.empty() || code != codes.back()) {
-                    codes.push_back(code);
-                    below.push_back({k, k, code, chained});
+                if (code != last) {
+                    labels_.push_back(code);
+                    below.push_back({k, k, chained});
+                    last = code;
                 }
                 below.back().high = k + 1;
             }
-            std::sort(codes.begin(), codes.end());
-            const uint32_t base = array_.place(group.slot, codes);
-            for (size_t k = first_child; k < below.size(); ++k) below[k].slot += base;
         }
         level.swap(below);
     }
-    level_starts_.push_back(by_depth_.size());
-    slots().resize(array_.size(), Slot{0, kFree});
+    levels_.push_back(uint32_t(labels_.size()));
+    first_children_.push_back(uint32_t(labels_.size()));
 }
 
 }  // namespace bagformer::bags
