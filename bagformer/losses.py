@@ -93,11 +93,12 @@ class BagwiseContrastiveLoss(nn.Module):
         if self.log_temperature is None:
             return self.fixed_temperature
         low, high = (math.log(bound) for bound in TEMPERATURE_RANGE)
-        if self.training:
-            # in place, because a clamp in the graph has no gradient to come back by
-            with torch.no_grad():
-                self.log_temperature.clamp_(low, high)
-        return self.log_temperature.clamp(low, high).exp()
+        if not self.training:
+            return self.log_temperature.clamp(low, high).exp()
+        # in place, because a clamp in the graph has no gradient to come back by
+        with torch.no_grad():
+            self.log_temperature.clamp_(low, high)
+        return self.log_temperature.exp()
 
     def extra_repr(self) -> str:
         return f"{self.directions}, mask_mode={self.mask_mode}, reduction={self.reduction}"

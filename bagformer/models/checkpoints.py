@@ -61,8 +61,12 @@ class Original(NamedTuple):
     settings: dict[str, Any]
 
 
+class _RefusedError(ValueError):
+    """Our own refusal, told apart from what torch raises."""
+
+
 def _refusal(path: Path, names: list[str]) -> ValueError:
-    return ValueError(
+    return _RefusedError(
         f"{path}: refused, and nothing in it was run: it asks for {', '.join(names)}, not for "
         "tensors alone"
     )
@@ -85,7 +89,7 @@ def _load(path: Path) -> Any:
 def _read_pickle(path: Path) -> Any:
     try:
         return _load(path)
-    except (ValueError, FileNotFoundError):
+    except _RefusedError:
         raise
     except pickle.UnpicklingError as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))

@@ -61,10 +61,7 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
         image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(f"{name}: cannot turn mode {image.mode} into RGB: {error}") from error
+    return image.convert("RGB")
 
 
 class BagFormerImageProcessor(BaseImageProcessor):

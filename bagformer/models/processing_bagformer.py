@@ -354,6 +354,8 @@ class BagFormerProcessor(ProcessorMixin):
         """
         name = str(pretrained_model_name_or_path)
         hub = {key: kwargs[key] for key in _HUB if kwargs.get(key) is not None}
+        if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".")):
+            raise FileNotFoundError(f"no such folder: {name}")
         config_path = cached_file(name, CONFIG_FILE, **hub)
         try:
             described = json.loads(Path(config_path).read_text(encoding="utf-8"))

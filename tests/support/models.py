@@ -22,7 +22,7 @@ BERT = {
     "max_position_embeddings": 40,
 }
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-WORDS = list("手机壳玫瑰金置物架女鞋红色绿abcdefg") + ["nike", "##s", "##a", "123", "t", "恤"]
+WORDS = [*"手机壳玫瑰金置物架女鞋红色绿abcdefg", "nike", "##s", "##a", "123", "t", "恤"]
 ENTITIES = ["手机壳", "玫瑰金", "玫瑰", "置物架", "红色", "nike鞋"]
 
 
@@ -55,7 +55,9 @@ def write_dictionary(path: Path) -> Path:
     return path
 
 
-def make_inputs(batch: int = 3, tokens: int = 8, size: int = 64, seed: int = 0) -> dict[str, Tensor]:
+def make_inputs(
+    batch: int = 3, tokens: int = 8, size: int = 64, seed: int = 0
+) -> dict[str, Tensor]:
     """Model inputs with padding, bags of several sizes and, in row 1, an empty bag."""
     maker = torch.Generator().manual_seed(seed)
     ids = torch.randint(5, BERT["vocab_size"], (batch, tokens), generator=maker)

@@ -54,9 +54,7 @@ class Case:
         return torch.from_numpy(np.asarray(self._arrays[f"{self.name}|{key}"]))
 
     def starting(self, prefix: str) -> dict[str, Tensor]:
-        return {
-            key.removeprefix(prefix): self[key] for key in self._keys if key.startswith(prefix)
-        }
+        return {key.removeprefix(prefix): self[key] for key in self._keys if key.startswith(prefix)}
 
     def inputs(self) -> dict[str, Tensor]:
         ids = self["input_ids"].long()
