@@ -4,12 +4,12 @@ The icons are those of the npm package ``@icon-park/svg`` (Apache-2.0). Training
 themes outline, filled and two-tone; validation pictures are the theme multi-color.
 
 What is kept apart. A validation query is a title or tag that was taken away from training
-altogether: no training query has its text, for this icon or any other. So that it can be answered
-without knowledge of the world, at least half of its characters must occur in another text of each
-icon that carries it, and each of these icons keeps at least one text. ``item_ids`` are all the
-icons that carry the text. The drawings are not kept apart to the same degree: where an icon has no
-surface to fill, or none inside another, its multi-color drawing equals a training one. The ids of
-those that do differ are in ``meta.json`` under ``new_pictures``; the sample holds these only.
+altogether: no training query has its text, for this icon or any other, and ``item_ids`` are all the
+icons that carry it. So that it can be answered without knowledge of the world, more than half of
+its characters must occur in other texts of one of these icons, and each of them keeps at least one
+text. The drawings are not kept apart to the same degree: where an icon has no surface to fill, or
+none inside another, its multi-color drawing equals a training one at the same size. The ids of
+those that differ from all three are in ``meta.json`` under ``new_pictures``.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
-from bagformer.data.muge import MugeImages, read_queries, write_jsonl, write_tsv
+from bagformer.data.records import write_jsonl, write_tsv
 from bagformer.data.words import entity_words
 
 PACKAGE = "@icon-park/svg"
@@ -145,40 +145,54 @@ def _texts(raw: Iterable[str]) -> tuple[str, ...]:
     return tuple(dict.fromkeys(text for text in map(clean_text, raw) if text))
 
 
-def _is_supported(query: str, texts: Iterable[str]) -> bool:
-    known = set("".join(texts))
-    return 2 * sum(character in known for character in query) >= len(query)
+class _Texts:
+    """Texts left to each icon while validation queries are being taken away."""
+
+    def __init__(self, icons: list[Icon]) -> None:
+        self.carriers: dict[str, list[int]] = defaultdict(list)
+        for icon in icons:
+            for text in icon.texts:
+                self.carriers[text].append(icon.id)
+        self.left = {icon.id: set(icon.texts) for icon in icons}
+        self.held: dict[int, list[str]] = defaultdict(list)
+
+    def _is_answerable(self, query: str, without: str) -> bool:
+        for icon in self.carriers[query]:
+            known = set("".join(self.left[icon] - {without}))
+            if 2 * sum(character in known for character in query) > len(query):
+                return True
+        return False
+
+    def can_lose(self, text: str) -> bool:
+        """Whether ``text``, and every query held out before, stays answerable without ``text``."""
+        icons = self.carriers[text]
+        earlier = {query for icon in icons for query in self.held[icon]}
+        return all(len(self.left[icon]) > 1 for icon in icons) and all(
+            self._is_answerable(query, text) for query in [text, *sorted(earlier)]
+        )
+
+    def lose(self, text: str) -> None:
+        for icon in self.carriers[text]:
+            self.left[icon].discard(text)
+            self.held[icon].append(text)
 
 
-def hold_out(icons: list[Icon], n_pictures: int, n_queries: int, seed: int = SEED) -> Split:
+def hold_out(icons: list[Icon], n_pictures: int, max_queries: int, seed: int = SEED) -> Split:
     """Choose validation queries and pictures by the rules at the head of this module."""
     rng = random.Random(seed)
-    carriers: dict[str, list[int]] = defaultdict(list)
-    for icon in icons:
-        for text in icon.texts:
-            carriers[text].append(icon.id)
-    left = {icon.id: set(icon.texts) for icon in icons}
-    held: dict[int, list[str]] = defaultdict(list)
-    candidates = sorted(text for text in carriers if re.fullmatch(r"[\u3400-\u9fff]{2,8}", text))
+    texts = _Texts(icons)
+    candidates = sorted(filter(re.compile(r"[\u3400-\u9fff]{2,8}").fullmatch, texts.carriers))
     rng.shuffle(candidates)
     queries: dict[str, list[int]] = {}
     gallery: set[int] = set()
     for text in candidates:
-        if len(queries) == n_queries:
+        if len(queries) == max_queries:
             break
-        icons_of = carriers[text]
-        fits = len(gallery.union(icons_of)) <= n_pictures and all(
-            len(left[icon]) > 1
-            and all(_is_supported(query, left[icon] - {text}) for query in [*held[icon], text])
-            for icon in icons_of
-        )
-        if fits:
-            queries[text] = icons_of
-            gallery.update(icons_of)
-            for icon in icons_of:
-                left[icon].discard(text)
-                held[icon].append(text)
-    others = sorted(set(left) - gallery)
+        wider = gallery.union(texts.carriers[text])
+        if len(wider) <= n_pictures and texts.can_lose(text):
+            texts.lose(text)
+            queries[text], gallery = texts.carriers[text], wider
+    others = sorted(set(texts.left) - gallery)
     rng.shuffle(others)
     pictures = sorted([*gallery, *others[: n_pictures - len(gallery)]])
     return Split(pictures, dict(sorted(queries.items())))
@@ -189,9 +203,7 @@ def draw(svg: str, size: int) -> bytes:
     try:
         import resvg_py
     except ImportError as error:
-        raise RuntimeError(
-            "drawing needs resvg-py: pip install 'bagformer[data]'"
-        ) from error
+        raise RuntimeError("drawing needs resvg-py: pip install 'bagformer[data]'") from error
     picture = resvg_py.svg_to_bytes(
         svg_string=svg, width=size, height=size, background="#ffffff", skip_system_fonts=True
     )
@@ -292,6 +304,12 @@ def _write(icons: list[Icon], folder: Path, progress: bool) -> dict[str, Any]:
 
 
 def _replace(made: Path, target: Path, old: Path) -> None:
-    if target.exists():
-        os.replace(target, old)
-    os.replace(made, target)
+    if not target.exists():
+        os.replace(made, target)
+        return
+    os.replace(target, old)
+    try:
+        os.replace(made, target)
+    except OSError:
+        os.replace(old, target)
+        raise

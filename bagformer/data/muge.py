@@ -100,8 +100,9 @@ class MugeImages(Mapping[Any, Image.Image]):
                 starts.append(offset + tab + 1)
                 sizes.append(len(body) - tab - 1)
                 numbers.append(number)
-        ids = np.asarray(keys if keys is not None else [], dtype=np.str_ if
-                         isinstance(keys, list) else np.int64)
+        ids = np.asarray(
+            keys if keys is not None else [], dtype=np.str_ if isinstance(keys, list) else np.int64
+        )
         self._index(ids, *(np.asarray(column, np.int64) for column in (starts, sizes, numbers)))
 
     def _key(self, number: int, body: bytes, tab: int, keys: Any) -> int | str:
@@ -272,9 +273,7 @@ def _parse_query(path: Path, number: int, body: bytes) -> Query:
         return MugeError(path, number, field, reason, problem)
 
     try:
-        row = json.loads(
-            body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse
-        )
+        row = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse)
     except UnicodeDecodeError as error:
         raise fail("line", "bad encoding", f"invalid UTF-8: {error}") from error
     except (ValueError, RecursionError) as error:
@@ -331,9 +330,7 @@ class MugeDataset(Sequence[dict[str, Any]]):
     query that thereby loses all its items as "query without pictures", in ``skipped``.
     """
 
-    def __init__(
-        self, queries: Queries, images: MugeImages, *, on_error: str = "raise"
-    ) -> None:
+    def __init__(self, queries: Queries, images: MugeImages, *, on_error: str = "raise") -> None:
         self.images = images
         self._sink = ErrorSink(on_error)
         self.queries: list[Query] = []
@@ -354,9 +351,7 @@ class MugeDataset(Sequence[dict[str, Any]]):
             return query
         problem = f"no picture in {self.images.path} for {shorten(lost)}"
         for _ in lost:
-            self._sink.report(
-                MugeError(path, query.line, "item_ids", "dangling item", problem)
-            )
+            self._sink.report(MugeError(path, query.line, "item_ids", "dangling item", problem))
         left = tuple(item for item in query.item_ids if item in self.images)
         if not left:
             self.skipped["query without pictures"] += 1

@@ -1,0 +1,318 @@
+"""Train the tiny model that ships with the package, from nothing, on two cores.
+
+    python -m bagformer.data.iconpark SET
+    python examples/train_tiny.py SET OUT --config examples/train_tiny.yaml
+
+Two stages. First the text encoder learns to find, for a text, a free set of vectors of its icon;
+this costs no pictures and is quick. Then the picture encoder learns to take the place of these
+vectors, with the texts fixed. Its pictures are recoloured at random: the three training themes of
+an icon show where its strokes and its surfaces are, so each may take any colour.
+
+Only training data are learned from. Every ``every`` steps the recall over all validation pictures
+is logged for the queries outside the shipped sample; settings were chosen by that number.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import yaml
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import BertTokenizer
+
+from bagformer import BagFormerConfig, BagFormerForRetrieval, BagFormerProcessor, maxsim
+from bagformer.data.muge import MugeImages, Queries, read_queries
+from recolour import icon_layers, render
+
+
+class Texts:
+    """Training texts as token ids, and which icon each belongs to."""
+
+    def __init__(self, queries: Queries, processor: BagFormerProcessor) -> None:
+        self.processor = processor
+        self.icons = sorted({item // 4 for query in queries for item in query.item_ids})
+        row = {icon: place for place, icon in enumerate(self.icons)}
+        encoded = processor.tokenizer([q.text for q in queries], add_special_tokens=False)
+        room = processor.max_text_length - 2
+        self.ids: list[list[int]] = [ids[:room] for ids in encoded["input_ids"]]
+        self.belongs = torch.zeros(len(queries), len(self.icons), dtype=torch.bool)
+        for place, query in enumerate(queries):
+            self.belongs[place, [row[item // 4] for item in query.item_ids]] = True
+        self.of_icon = [column.nonzero().flatten().tolist() for column in self.belongs.t()]
+        often = self.belongs.sum(dim=1).numpy()
+        weights = [often[texts] ** -0.5 for texts in self.of_icon]
+        self.weights = [weight / weight.sum() for weight in weights]
+
+    def batch(self, rows: list[list[int]]) -> dict[str, Tensor]:
+        """Model inputs of token ids."""
+        tokenizer = self.processor.tokenizer
+        room = self.processor.max_text_length - 2
+        full = [[tokenizer.cls_token_id, *r[:room], tokenizer.sep_token_id] for r in rows]
+        width = max(map(len, full))
+        ids = torch.tensor([row + [tokenizer.pad_token_id] * (width - len(row)) for row in full])
+        bags = self.processor.segmenter(ids)
+        mask = (ids != tokenizer.pad_token_id).long()
+        names = ("input_ids", "attention_mask", "bag_offsets", "bag_mask")
+        return dict(zip(names, (ids, mask, bags.offsets, bags.mask), strict=True))
+
+    def draw(
+        self, icons: np.ndarray, rng: np.random.Generator, options: dict[str, Any]
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """A text for each icon, and which of these icons each text is right for.
+
+        Either one of its texts, or two in a row, or a few characters from all of them; a token is
+        dropped here and there.
+        """
+        rows, positives = [], []
+        for place, icon in enumerate(icons):
+            texts, own = self.of_icon[icon], torch.zeros(len(icons), dtype=torch.bool)
+            if rng.random() < options["scramble"]:
+                pool = [token for text in texts for token in self.ids[text]]
+                count = min(len(pool), int(rng.integers(1, 5)))
+                ids = [pool[i] for i in rng.choice(len(pool), count, replace=False)]
+            else:
+                count = 2 if len(texts) > 1 and rng.random() < options["join"] else 1
+                picked = rng.choice(texts, count, replace=False, p=self.weights[icon])
+                ids = [token for text in picked for token in self.ids[text]]
+                own = self.belongs[picked].all(dim=0)[icons]
+            kept = [token for token in ids if rng.random() >= options["drop_token"]]
+            own[place] = True
+            rows.append(kept or ids)
+            positives.append(own)
+        return self.batch(rows), torch.stack(positives)
+
+
+class Average:
+    """Exponential moving average of some parameters and buffers of a module."""
+
+    def __init__(self, module: nn.Module, decay: float) -> None:
+        self.module, self.decay, self.step = module, decay, 0
+        self.copy = copy.deepcopy(module).eval()
+
+    @torch.no_grad()
+    def update(self) -> None:
+        self.step += 1
+        decay = min(self.decay, self.step / (self.step + 10))
+        own, new = self.copy.state_dict().values(), self.module.state_dict().values()
+        pairs = list(zip(own, new, strict=True))
+        floats = [(a, b) for a, b in pairs if a.is_floating_point()]
+        torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - decay)
+        for old, fresh in pairs:
+            if not old.is_floating_point():
+                old.copy_(fresh)
+
+
+def optimizer_of(parameters: list[nn.Parameter], options: dict[str, Any]) -> torch.optim.Optimizer:
+    groups = [
+        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options["weight_decay"]},
+        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=options["lr"], betas=(0.9, 0.98), fused=True)
+
+
+def set_rate(optimizer: torch.optim.Optimizer, step: int, options: dict[str, Any]) -> None:
+    """Linear warm-up over 60 steps, then cosine down to a hundredth."""
+    cosine = 0.5 * (1 + math.cos(math.pi * step / options["steps"]))
+    for group in optimizer.param_groups:
+        group["lr"] = options["lr"] * min(1.0, (step + 1) / 60) * (0.01 + 0.99 * cosine)
+
+
+def epochs(count: int, batch: int, rng: np.random.Generator):
+    while True:
+        order = rng.permutation(count)
+        for start in range(0, count - batch + 1, batch):
+            yield order[start : start + batch]
+
+
+class Trainer:
+    """Both stages, and the log."""
+
+    def __init__(self, folder: Path, out: Path, config: dict[str, Any]) -> None:
+        self.folder, self.out, self.config = folder, out, config
+        self.rng = np.random.default_rng(config["seed"])
+        torch.manual_seed(config["seed"])
+        torch.set_num_threads(config["threads"])
+        model_config = BagFormerConfig(**config["model"], max_text_length=config["max_text_length"])
+        tokenizer = BertTokenizer(vocab=str(config["vocabulary"]), do_lower_case=True)
+        self.processor = BagFormerProcessor.from_config(
+            model_config, tokenizer, folder / "entities.txt"
+        )
+        self.model = BagFormerForRetrieval(model_config)
+        self.texts = Texts(read_queries(folder / "MR_train_queries.jsonl"), self.processor)
+        self.started = time.perf_counter()
+        out.mkdir(parents=True, exist_ok=True)
+        self.log_file = open(out / "log.jsonl", "w", encoding="utf-8")  # noqa: SIM115
+
+    def log(self, **row: Any) -> None:
+        row = {"seconds": round(time.perf_counter() - self.started, 1), **row}
+        self.log_file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        self.log_file.flush()
+        tqdm.write(json.dumps(row, ensure_ascii=False))
+
+    def train_words(self) -> None:
+        options, model = self.config["words"], self.model
+        shape = (len(self.texts.icons), options["codes"], model.config.embed_dim)
+        codes = nn.Parameter(torch.randn(shape) * 0.05)
+        learner = nn.ModuleList([model.text_model, model.text_proj, model.twc_loss])
+        learner.register_parameter("codes", codes)
+        average = Average(learner, options["ema"])
+        optimizer = optimizer_of(list(learner.parameters()), options)
+        stream = epochs(len(self.texts.icons), options["batch"], self.rng)
+        total = 0.0
+        for step in tqdm(range(options["steps"]), desc="words"):
+            set_rate(optimizer, step, options)
+            learner.train()
+            icons = next(stream)
+            inputs, positives = self.texts.draw(icons, self.rng, options)
+            text = model.get_text_features(**inputs)
+            image = self.code_features(codes[icons])
+            loss = model.twc_loss(
+                text.text_features, image, text_mask=text.text_mask, positives=positives
+            )
+            total += self.step(loss, optimizer, average)
+            if (step + 1) % self.config["every"] == 0 or step + 1 == options["steps"]:
+                row = {icon: place for place, icon in enumerate(self.texts.icons)}
+                place = [row[item // 4] for item in self.valid_items()]
+                features = self.code_features(average.copy.codes.detach()[place])
+                self.report("words", step + 1, total / self.config["every"], average, features)
+                total = 0.0
+        learner.load_state_dict(average.copy.state_dict())
+
+    @staticmethod
+    def code_features(codes: Tensor) -> Tensor:
+        return F.normalize(torch.cat([codes.mean(dim=1, keepdim=True), codes], dim=1), dim=-1)
+
+    def step(self, loss: Tensor, optimizer: torch.optim.Optimizer, average: Average) -> float:
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(average.module.parameters(), 5.0)
+        optimizer.step()
+        average.update()
+        return loss.item()
+
+    def train_pictures(self) -> None:
+        options, model = self.config["pictures"], self.model
+        processor = self.processor.image_processor
+        mean, std = torch.tensor(processor.image_mean), torch.tensor(processor.image_std)
+        size = model.config.vision_config.image_size
+        layers = icon_layers(MugeImages(self.folder / "MR_train_imgs.tsv"), self.texts.icons)
+        text, text_mask = self.encode_texts(self.texts.ids)
+        model.vision_model.to(memory_format=torch.channels_last)
+        learner = nn.ModuleList([model.vision_model, model.vision_proj, model.twc_loss])
+        average = Average(learner, options["ema"])
+        optimizer = optimizer_of(list(learner.parameters()), options)
+        stream = epochs(len(self.texts.icons), options["batch"], self.rng)
+        total = 0.0
+        for step in tqdm(range(options["steps"]), desc="pictures"):
+            set_rate(optimizer, step, options)
+            learner.train()
+            icons = next(stream)
+            pixels = render(layers[icons], size, mean, std)
+            with torch.autocast("cpu", torch.bfloat16):
+                embeds, _ = model.vision_model(pixels)
+            image = F.normalize(model.vision_proj(embeds.float()), dim=-1)
+            rows = self.texts.belongs[:, icons].any(dim=1).nonzero().flatten()
+            loss = model.twc_loss(
+                text[rows],
+                image,
+                text_mask=text_mask[rows],
+                positives=self.texts.belongs[rows][:, icons],
+            )
+            total += self.step(loss, optimizer, average)
+            if (step + 1) % self.config["every"] == 0 or step + 1 == options["steps"]:
+                features = self.valid_features(average.copy[0], average.copy[1])
+                self.report("pictures", step + 1, total / self.config["every"], average, features)
+                total = 0.0
+        learner.load_state_dict(average.copy.state_dict())
+
+    @torch.no_grad()
+    def encode_texts(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        self.model.eval()
+        output = self.model.get_text_features(**self.texts.batch(rows))
+        return output.text_features, output.text_mask
+
+    def valid_items(self) -> list[int]:
+        return list(self.valid_images)
+
+    @property
+    def valid_images(self) -> MugeImages:
+        if not hasattr(self, "_valid_images"):
+            self._valid_images = MugeImages(self.folder / "MR_valid_imgs.tsv")
+        return self._valid_images
+
+    @torch.no_grad()
+    def valid_features(self, vision: nn.Module, projection: nn.Module) -> Tensor:
+        if not hasattr(self, "_valid_pixels"):
+            pictures = [self.valid_images[item] for item in self.valid_items()]
+            self._valid_pixels = self.processor(images=pictures)["pixel_values"]
+        parts = [projection(vision(pixels)[0]) for pixels in self._valid_pixels.split(250)]
+        return F.normalize(torch.cat(parts), dim=-1)
+
+    @torch.no_grad()
+    def report(
+        self, stage: str, step: int, loss: float, average: Average, features: Tensor
+    ) -> None:
+        """Log the recall of the text encoder as it is averaged now, over all validation pictures,
+        for the queries that are not in the shipped sample."""
+        own = None
+        if stage == "words":
+            own = copy.deepcopy(average.module.state_dict())
+            average.module.load_state_dict(average.copy.state_dict())
+        queries = read_queries(self.folder / "MR_valid_queries.jsonl")
+        shipped = {query.query_id for query in read_queries(self.config["sample_queries"])}
+        rest = [query for query in queries if query.query_id not in shipped]
+        encoded = self.processor.tokenizer([q.text for q in rest], add_special_tokens=False)
+        text, mask = self.encode_texts(encoded["input_ids"])
+        scores = maxsim(
+            text, features, text_mask=mask, directions="text_to_image", reduction="mean"
+        ).text_to_image
+        place = {item: column for column, item in enumerate(self.valid_items())}
+        ranks = [
+            int((row > row[[place[item] for item in query.item_ids]].max()).sum())
+            for row, query in zip(scores, rest, strict=True)
+        ]
+        recall = {
+            f"R@{k}": round(100 * sum(r < k for r in ranks) / len(ranks), 1) for k in (1, 5, 10)
+        }
+        if own is not None:
+            average.module.load_state_dict(own)
+        temperature = float(self.model.twc_loss.temperature())
+        self.log(
+            stage=stage, step=step, loss=round(loss, 4), temperature=round(temperature, 4), **recall
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Train the tiny model that ships with bagformer.")
+    parser.add_argument("set", type=Path, help="folder that bagformer.data.iconpark wrote")
+    parser.add_argument("out", type=Path, help="folder for the model and log.jsonl")
+    parser.add_argument("--config", type=Path, default=Path(__file__).with_suffix(".yaml"))
+    parser.add_argument("--set", dest="changes", action="append", default=[], metavar="a.b=c")
+    arguments = parser.parse_args()
+    config = yaml.safe_load(arguments.config.read_text(encoding="utf-8"))
+    for change in arguments.changes:
+        path, value = change.split("=", 1)
+        *parents, last = path.split(".")
+        target = config
+        for parent in parents:
+            target = target[parent]
+        target[last] = yaml.safe_load(value)
+    trainer = Trainer(arguments.set, arguments.out, config)
+    trainer.train_words()
+    trainer.train_pictures()
+    trainer.model.half().save_pretrained(arguments.out)
+    trainer.processor.save_pretrained(arguments.out)
+
+
+if __name__ == "__main__":
+    main()
