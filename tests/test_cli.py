@@ -138,9 +138,8 @@ def test_segment_with_a_dictionary(run, place, matcher):
 def test_segment_says_what_does_not_go_together(run, place, tmp_path):
     files = ("--dictionary", place.dictionary, "--vocabulary", place.vocabulary)
     for arguments, message in (
-        (("--matcher", "original"), "--matcher needs --dictionary and --vocabulary"),
+        (("--matcher", "original"), "--matcher needs --dictionary: that of a model"),
         (("--model", place.model, *files), "either --model or --dictionary"),
-        (files[:2], "--vocabulary is missing"),
         (files[2:], "--dictionary is missing"),
         ((*files[:3], tmp_path / "none"), f"there is no file {tmp_path / 'none'}"),
     ):

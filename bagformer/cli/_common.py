@@ -14,7 +14,8 @@ from tqdm import tqdm
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 TINY_MODEL = ASSETS / "tiny"
-SAMPLE = ASSETS / "sample"
+SAMPLE = ASSETS / "iconpark_sample"
+VOCABULARY = ASSETS / "vocab.txt"
 
 # A bar that would be over before it could be read is not drawn.
 _BAR_DELAY_S = 1.0

@@ -114,6 +114,27 @@ def _score(model: Any, texts: Any, images: Any, k: int, stages: Any) -> tuple[An
     return scores, best
 
 
+def _unseen_recall(inputs: Any, model: Any, processor: Any, images: Any) -> dict[str, Any] | None:
+    """Recall of the sample's harder queries, which are neither shown nor timed."""
+    if inputs.unseen is None:
+        return None
+    from bagformer.ops.maxsim import maxsim
+    from bagformer.retrieval.encode import encode_texts
+    from bagformer.retrieval.metrics import first_relevant_ranks, recall_at
+
+    texts = encode_texts(model, processor, inputs.unseen.texts)
+    scores: Any = maxsim(
+        texts.features,
+        images.features,
+        text_mask=texts.mask,
+        mask_mode=model.config.mask_mode,
+        reduction=model.config.reduction,
+        directions="text_to_image",
+    )
+    ranks = first_relevant_ranks(scores.text_to_image, inputs.unseen.relevant() or [])
+    return {"queries": len(ranks), **recall_at(ranks)}
+
+
 def _check_out(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"--out: {folder} is a file, a folder is needed")
@@ -143,6 +164,9 @@ def _print_report(report: dict[str, Any], paths: list[Path]) -> None:
         ):
             figures = "  ".join(f"{k} {v:5.1f} %" for k, v in recall[key].items() if k != "mean")
             print(f"  {label:<16} {figures}")
+        if recall["unseen"]:
+            figures = "  ".join(f"{k} {v:5.1f} %" for k, v in recall["unseen"].items() if "@" in k)
+            print(f"  {'unseen texts':<16} {figures}")
         print(f"  ({recall['note']})")
     print("time")
     for stage in report["stages"]:
@@ -179,8 +203,9 @@ def run(args: argparse.Namespace) -> int:
     _warm_up(inputs, model, processor)
     texts, images = _encode(args, inputs, model, processor, stages)
     scores, best = _score(model, texts, images, min(8, len(inputs.gallery)), stages)
+    unseen = _unseen_recall(inputs, model, processor, images)
     report, pictures = build_report(
-        inputs, model, processor, texts, images, scores, best, stages, args.show
+        inputs, model, processor, texts, images, scores, best, stages, args.show, unseen
     )
     shipped = args.model is None
     report["facts"]["Model folder"] = "shipped with bagformer" if shipped else str(folder)
