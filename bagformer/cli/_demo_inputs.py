@@ -11,7 +11,6 @@ from typing import Any
 from bagformer.cli._common import SAMPLE, CommandError
 from bagformer.cli._pictures import Gallery
 
-
 SAMPLE_QUERIES, SAMPLE_IMAGES = SAMPLE / "queries.jsonl", SAMPLE / "imgs.tsv"
 # Queries whose whole text was kept out of training: a harder question, asked apart.
 UNSEEN_QUERIES = SAMPLE / "unseen_queries.jsonl"

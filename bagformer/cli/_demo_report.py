@@ -37,7 +37,9 @@ GUIDE = (
 )
 
 
-def _recall(inputs: Any, scores: Any) -> tuple[dict[str, Any] | None, list[list[int]] | None, Any]:
+def _recall(
+    inputs: Any, scores: Any, unseen: dict[str, Any] | None
+) -> tuple[dict[str, Any] | None, list[list[int]] | None, Any]:
     relevant = inputs.relevant()
     if relevant is None or not any(relevant):
         return None, None, None
@@ -56,7 +58,13 @@ def _recall(inputs: Any, scores: Any) -> tuple[dict[str, Any] | None, list[list[
         note += f" {lonely} pictures without a query are ranked too, but are not asked about."
     if unanswered:
         note += f" {unanswered} queries without a right picture are left out."
+    if unseen is not None:
+        note += (
+            f" Unseen texts: {unseen['queries']} other queries, no one of which was a text of the "
+            "training set, alone or combined."
+        )
     recall = {
+        "unseen": unseen,
         "text_to_image": recall_at(ranks, without_relevant="skip"),
         "image_to_text": recall_at(backward, without_relevant="skip"),
         "pictures_without_query": lonely,
@@ -275,9 +283,10 @@ def build_report(
     best: Any,
     stages: Any,
     n_shown: int,
+    unseen: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The report, ready for JSON, and per shown query the data URIs of its pictures."""
-    recall, relevant, ranks = _recall(inputs, scores)
+    recall, relevant, ranks = _recall(inputs, scores, unseen)
     chosen, rule = _choose(texts.bags, ranks, n_shown)
     reporter = _Reporter(inputs, model, texts, images, scores, best, relevant, ranks)
     shown = [reporter.query(number) for number in chosen]

@@ -77,7 +77,10 @@ def _recall(report: Mapping[str, Any]) -> str:
     cutoffs = [name for name in recall["text_to_image"] if name != "mean"]
     head = "".join(f"<th>{escape(name)}</th>" for name in cutoffs)
     rows = []
-    for key, label in (("text_to_image", "text → picture"), ("image_to_text", "picture → text")):
+    kinds = [("text_to_image", "text → picture"), ("image_to_text", "picture → text")]
+    if recall["unseen"]:
+        kinds.append(("unseen", "unseen texts"))
+    for key, label in kinds:
         cells = "".join(
             f"<td><b>{recall[key][name]:.1f}</b><i>%</i>{_track(recall[key][name])}</td>"
             for name in cutoffs
