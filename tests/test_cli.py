@@ -396,6 +396,15 @@ def test_doctor_finds_files_that_changed(tmp_path):
     ]
 
 
+def test_the_shipped_files_are_those_that_were_checked_in():
+    from bagformer.cli.doctor import checksum_faults
+
+    assert checksum_faults() == [], (
+        "after changing a shipped file, in bagformer/assets: find . -type f ! -name SHA256SUMS "
+        "! -name '*.py*' | sed 's,^[.]/,,' | LC_ALL=C sort | xargs sha256sum > SHA256SUMS"
+    )
+
+
 @pytest.mark.parametrize("locale", ["C", "en_US.ISO-8859-1"])
 def test_chinese_goes_in_and_out_under_any_locale(place, locale):
     process = start(
