@@ -70,7 +70,7 @@ def check_page(page: str, report: dict) -> None:
         part = page[start : page.index("</article>", start)]
         shown = query["top"][: len(query["top"]) - bool(query["first_relevant"])]
         shown += [query["first_relevant"]] if query["first_relevant"] else []
-        tiles = re.findall(r"<b>(\d+)</b><span>([-\d.]+)</span>.*?>([^<]*)</span></figure>", part)
+        tiles = re.findall(r"<b>(\d+)</b><span>([-\d.]+)</span>.*?title=\"([^\"]*)\"", part)
         assert tiles == [(str(e["rank"]), f"{e['score']:.3f}", str(e["picture"])) for e in shown]
         frames = re.findall(r'<figure class="tile( right)?', part)
         assert [bool(frame) for frame in frames] == [entry["relevant"] for entry in shown]

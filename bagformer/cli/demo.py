@@ -187,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
     inputs = read_inputs(args)
     _check_out(args.out)
     set_threads(args.threads)
-    from bagformer.cli._demo_report import build_report
+    from bagformer.cli._demo_report import Run, build_report
     from bagformer.retrieval.encode import Stages
     from bagformer.retrieval.page import render_page
 
@@ -204,9 +204,8 @@ def run(args: argparse.Namespace) -> int:
     texts, images = _encode(args, inputs, model, processor, stages)
     scores, best = _score(model, texts, images, min(8, len(inputs.gallery)), stages)
     unseen = _unseen_recall(inputs, model, processor, images)
-    report, pictures = build_report(
-        inputs, model, processor, texts, images, scores, best, stages, args.show, unseen
-    )
+    outcome = Run(inputs, model, processor, texts, images, scores, best, stages, unseen)
+    report, pictures = build_report(outcome, args.show)
     shipped = args.model is None
     report["facts"]["Model folder"] = "shipped with bagformer" if shipped else str(folder)
     report["wall_s"] = round(time.perf_counter() - started, 3)

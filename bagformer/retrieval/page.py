@@ -112,10 +112,11 @@ def _stages(report: Mapping[str, Any]) -> str:
 def _tile(entry: Mapping[str, Any], uri: str, extra: str = "") -> str:
     kind = " right" if entry["relevant"] else ""
     name = escape(str(entry["picture"]))
+    about = name if entry["about"] is None else escape(entry["about"])
     return (
         f'<figure class="tile{kind}{extra}"><img alt="picture {name}, rank {entry["rank"]}" '
         f'src="{uri}"><figcaption><b>{entry["rank"]}</b><span>{entry["score"]:.3f}</span>'
-        f'</figcaption><span class="name" title="{name}">{name}</span></figure>'
+        f'</figcaption><span class="name" title="{name}">{about}</span></figure>'
     )
 
 
