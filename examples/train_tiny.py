@@ -26,13 +26,13 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from recolour import icon_layers, render
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import BertTokenizer
 
 from bagformer import BagFormerConfig, BagFormerForRetrieval, BagFormerProcessor, maxsim
 from bagformer.data.muge import MugeImages, Queries, read_queries
-from recolour import icon_layers, render
 
 
 class Texts:
