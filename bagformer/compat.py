@@ -43,7 +43,7 @@ def tokenwise_similarity(query: Tensor, document: Tensor, similarity_metric: str
             f"got {list(query.shape)} and {list(document.shape)}"
         )
     if query.dim() == 2 and similarity_metric == "cosine":
-        return maxsim(query[None], document, directions="text_to_image").text_to_image[0]
+        return tokenwise_similarity_martix(query[None], document)[1][0]
     query = query.expand(len(document), *query.shape[-2:])
     if similarity_metric == "cosine":
         return maxsim_pairs(query, document, directions="text_to_image").text_to_image
@@ -57,7 +57,7 @@ def tokenwise_similarity(query: Tensor, document: Tensor, similarity_metric: str
 def tokenwise_similarity_martix(text_feats: Tensor, image_feats: Tensor) -> tuple[Tensor, Tensor]:
     """``(sim_i2t [Ni, Nt], sim_t2i [Nt, Ni])`` of ``text_feats [Nt, T, D]``, ``image_feats
     [Ni, I, D]``: sums over the tokens of the first of the best similarity with one of the other."""
-    scores = maxsim(text_feats, image_feats, mask_mode="zero")
+    scores: Any = maxsim(text_feats, image_feats, mask_mode="zero")
     return scores.image_to_text, scores.text_to_image
 
 
@@ -78,7 +78,7 @@ def ngramwise_similarity(query: Tensor, document: Tensor) -> Tensor:
         return torch.einsum("id,ngtd->ngti", query, document).amax(dim=(1, 3)).sum(dim=1)
     if query.dim() == 3 and document.dim() == 3:
         texts = query.flatten(0, 1)[None]
-        return maxsim(texts, document, directions="image_to_text").image_to_text[:, 0]
+        return tokenwise_similarity_martix(texts, document)[0][:, 0]
     raise ValueError(
         f"give [I, D] with [N, G, T, D], or [G, T, D] with [N, I, D]; "
         f"got {list(query.shape)} and {list(document.shape)}"
@@ -223,6 +223,9 @@ class BagFormer(nn.Module):
     ``BertModel.from_pretrained`` takes; a folder without weights, such as one with a vocabulary
     alone, leaves BERT freshly initialised. Momentum copies and queues are not kept.
 
+    A new model is in evaluation mode: the original's README never leaves training mode, so that its
+    numbers change with every run; the recorded ones are without dropout.
+
     ``visual_encoder(image)`` gives tokens ``[B, P, W]``, ``text_encoder(ids, attention_mask=,
     mode=)`` an output with ``last_hidden_state``. ``retrieval`` is the same model behind our own
     interface, sharing all weights.
@@ -239,6 +242,7 @@ class BagFormer(nn.Module):
         model = BagFormerForRetrieval(_config(config, vocabulary))
         # outside of nn.Module's registry, so that no parameter has two names
         object.__setattr__(self, "retrieval", model)
+        self.retrieval: Any
         self.tokenizer = tokenizer
         self.visual_encoder = model.vision_model.backbone
         self.text_encoder = model.text_model
@@ -248,6 +252,7 @@ class BagFormer(nn.Module):
         self.temp = model.temp
         if text_encoder is not None:
             self._load_bert(str(text_encoder))
+        self.eval()
 
     def _load_bert(self, source: str) -> None:
         from transformers import BertModel
@@ -258,10 +263,12 @@ class BagFormer(nn.Module):
         bert = BertModel.from_pretrained(source, add_pooling_layer=False)
         self.text_encoder.load_state_dict(bert.state_dict(), strict=False)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, **options: Any):
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
         """Momentum copies and queues, which are not kept here, are passed over."""
         kept, _ = select(dict(state_dict))
-        return super().load_state_dict(kept, strict=strict, **options)
+        return super().load_state_dict(kept, strict=strict, assign=assign)
 
     def forward(
         self,

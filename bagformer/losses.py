@@ -77,7 +77,7 @@ class BagwiseContrastiveLoss(nn.Module):
             self.reset_parameters()
         elif temperature is not None:
             number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-            if not number or not 0 < temperature < math.inf:
+            if not number or not 0 < float(temperature) < math.inf:
                 raise ValueError(
                     f"temperature must be None, 'learn' or a number above 0, got {temperature!r}"
                 )
@@ -108,9 +108,8 @@ class BagwiseContrastiveLoss(nn.Module):
     ) -> Tensor:
         """The loss of score matrices ``[Nt, Ni]`` and ``[Ni, Nt]`` that are already there."""
         used = [s for s in (text_to_image, image_to_text) if s is not None]
-        shape = tuple(used[0].shape)
-        if text_to_image is None:
-            shape = shape[::-1]
+        first, second = used[0].shape
+        shape = (first, second) if text_to_image is not None else (second, first)
         if 0 in shape:
             raise ValueError(f"the loss needs at least one text and one image, got {list(shape)}")
         if positives is None and shape[0] != shape[1]:
@@ -129,7 +128,7 @@ class BagwiseContrastiveLoss(nn.Module):
             if scores is not None:
                 logits = scores if temperature is None else scores / temperature
                 losses.append(multi_positive_cross_entropy(logits, targets))
-        return sum(losses) / len(losses)
+        return torch.stack(losses).mean()
 
     def forward(
         self,

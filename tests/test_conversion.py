@@ -144,6 +144,16 @@ def test_sizes_come_from_the_tensors_and_heads_from_the_settings(tmp_path):
         infer_config(tensors, bert_config=tmp_path / "bert.json")
 
 
+def test_odd_widths_of_the_feed_forward_layer_are_met():
+    for width, hidden in ((49, 50), (48, 100), (107, 311)):
+        tensors, _ = select(original_state())
+        tensors["visual_encoder.blocks.0.mlp.fc1.weight"] = torch.zeros(hidden, width)
+        tensors["visual_encoder.patch_embed.proj.weight"] = torch.zeros(width, 3, 16, 16)
+        config = infer_config(tensors, vision_heads=1, text_heads=2)
+        ratio = config.vision_config.backbone_kwargs["mlp_ratio"]
+        assert int(width * ratio) == hidden
+
+
 def test_settings_in_the_checkpoint_are_used(tmp_path):
     settings = {"fusion_strategy": "early_fusion", "image_res": 96}
     path = save(tmp_path / "a.pth", original_state(), config=settings)
@@ -197,6 +207,8 @@ def test_missing_tensors_and_wrong_shapes_are_all_named(tmp_path):
         r".*wrong shape: visual_encoder\.norm\.bias is \[5\], expected \[32\]",
         force=True,
     )
+    state["temp"] = torch.tensor(1)
+    refused(tmp_path, save(tmp_path / "a.pth", state), r"wrong type: temp is torch\.int64")
     del state["text_proj.weight"]
     refused(tmp_path, save(tmp_path / "a.pth", state), r"it has no text_proj\.weight")
 

@@ -93,6 +93,7 @@ def test_a_second_derivative_is_refused():
     "arguments,error,message",
     [
         (("x",), TypeError, "x must be a torch.Tensor, got str"),
+        ((torch.ones(2).to_sparse(),), TypeError, "x must be a dense tensor, got layout"),
         ((torch.ones(2).int(),), TypeError, "x must be float32, .* got torch.int32"),
         ((torch.tensor(1.0),), ValueError, r"x must have shape \[..., D\]"),
         ((torch.ones(2), -1.0), ValueError, "eps must be positive and finite, got -1.0"),

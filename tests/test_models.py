@@ -333,6 +333,14 @@ def test_bad_configuration_is_named(changes, message):
         tiny_config(text_config=3)
 
 
+def test_misspelt_arguments_are_refused():
+    with pytest.raises(ValueError, match="'interactions', did you mean 'interaction'"):
+        tiny_config(interactions="tokenwise")
+    with pytest.raises(ValueError, match="'imagesize', did you mean 'image_size'"):
+        tiny_config(vision_config={"imagesize": 64})
+    assert tiny_config(note="kept, as transformers does").note
+
+
 def test_protocol_sets_its_defaults_and_can_be_changed():
     original = tiny_config(protocol="original")
     assert original.matcher == "original" and original.mask_mode == "zero"

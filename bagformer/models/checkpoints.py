@@ -81,7 +81,7 @@ def _load(path: Path) -> Any:
     foreign = sorted(name for name in names if name not in _STAND_INS)
     if foreign:
         raise _refusal(path, foreign)
-    allowed = [(_STAND_INS[name], name) for name in names]
+    allowed: list[Any] = [(_STAND_INS[name], name) for name in names]
     with torch.serialization.safe_globals(allowed):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=not legacy)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from copy import deepcopy
+from difflib import get_close_matches
 from typing import Any
 
 from transformers import BertConfig, PreTrainedConfig
@@ -38,6 +40,14 @@ def choose(name: str, value: Any, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
 
+def refuse_misspelt(config: PreTrainedConfig, unknown: Iterable[str]) -> None:
+    """transformers keeps any argument as an attribute; one that is nearly a field is a mistake."""
+    known = [name for name in type(config).__dataclass_fields__ if name not in unknown]
+    for name in unknown:
+        if near := get_close_matches(name, known, n=1, cutoff=0.8):
+            raise ValueError(f"unknown argument {name!r}, did you mean {near[0]!r}?")
+
+
 class BagFormerVisionConfig(PreTrainedConfig):
     """The picture side: any timm backbone.
 
@@ -52,10 +62,11 @@ class BagFormerVisionConfig(PreTrainedConfig):
 
     backbone: str = "vit_base_patch16_224"
     image_size: int = 256
-    backbone_kwargs: dict | None = None
+    backbone_kwargs: Any = None
 
     def __post_init__(self, **kwargs: Any) -> None:
         short = kwargs.pop("kwargs", None)
+        refuse_misspelt(self, kwargs)
         if not isinstance(self.backbone, str) or not self.backbone:
             raise ValueError(f"vision_config.backbone must be a timm name, got {self.backbone!r}")
         if not isinstance(self.image_size, int) or self.image_size < 1:
@@ -90,17 +101,17 @@ class BagFormerConfig(PreTrainedConfig):
     model_type = "bagformer"
     sub_configs = {"vision_config": BagFormerVisionConfig, "text_config": BertConfig}  # noqa: RUF012
 
-    vision_config: dict | PreTrainedConfig | None = None
-    text_config: dict | PreTrainedConfig | None = None
+    vision_config: Any = None
+    text_config: Any = None
     embed_dim: int = 256
     fusion: str = "late"
     interaction: str = "bagwise"
-    fusion_layer: int | None = None
+    fusion_layer: Any = None
     protocol: str = "corrected"
-    matcher: str | None = None
-    mask_mode: str | None = None
-    masked_tokens: list | tuple | None = None
-    sep_token: bool | None = None
+    matcher: Any = None
+    mask_mode: Any = None
+    masked_tokens: Any = None
+    sep_token: Any = None
     reduction: str = "sum"
     temperature: str | float | None = "auto"
     cls_temperature: float = 0.07
@@ -109,6 +120,7 @@ class BagFormerConfig(PreTrainedConfig):
     max_text_length: int = 25
 
     def __post_init__(self, **kwargs: Any) -> None:
+        refuse_misspelt(self, kwargs)
         for name, config_class in self.sub_configs.items():
             value = getattr(self, name)
             if value is None or isinstance(value, dict):

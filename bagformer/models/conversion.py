@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -130,12 +131,16 @@ def _vision(tensors: dict[str, Tensor], heads: int | None, image_size: int | Non
     size = image_size or round((positions - 1) ** 0.5) * patch
     if size % patch:
         raise ValueError(f"image_size={size} is no multiple of the patch size {patch}")
+    ratio = hidden / width
+    if int(width * ratio) < hidden:
+        # timm multiplies and cuts off
+        ratio = math.nextafter(ratio, math.inf)
     options = {
         "patch_size": patch,
         "embed_dim": width,
         "depth": _count(tensors, r"visual_encoder\.blocks\.(\d+)\."),
         "num_heads": _heads(heads, width, "vision_heads"),
-        "mlp_ratio": hidden / width,
+        "mlp_ratio": ratio,
     }
     return {"backbone": BACKBONE, "image_size": size, "backbone_kwargs": options}
 
@@ -159,8 +164,8 @@ def _text(tensors: dict[str, Tensor], bert_config: dict, heads: int | None) -> t
             raise ValueError(
                 f"bert_config: {name} is {bert_config[name]}, the checkpoint has {value}"
             )
-    known = ("hidden_act", "layer_norm_eps", "initializer_range", "pad_token_id")
-    known += ("hidden_dropout_prob", "attention_probs_dropout_prob")
+    known = ["hidden_act", "layer_norm_eps", "initializer_range", "pad_token_id"]
+    known += ["hidden_dropout_prob", "attention_probs_dropout_prob"]
     options = {name: bert_config[name] for name in known if name in bert_config}
     heads = bert_config.get("num_attention_heads") if heads is None else heads
     options["num_attention_heads"] = _heads(heads, hidden, "text_heads")
@@ -190,12 +195,13 @@ def infer_config(
             f"not a BagFormer checkpoint: no name starts with visual_encoder. or text_encoder.; it "
             f"has {some}"
         )
-    if isinstance(bert_config, (str, Path)):
+    known: Any = bert_config or {}
+    if isinstance(known, (str, Path)):
         try:
-            bert_config = json.loads(Path(bert_config).read_text(encoding="utf-8"))
+            known = json.loads(Path(known).read_text(encoding="utf-8"))
         except ValueError as error:
             raise ValueError(f"bert_config {bert_config} is not JSON: {error}") from error
-    text, first = _text(tensors, bert_config or {}, text_heads)
+    text, first = _text(tensors, known, text_heads)
     return BagFormerConfig(
         vision_config=_vision(tensors, vision_heads, image_size),
         text_config=text,
@@ -215,7 +221,7 @@ def check_tensors(config: BagFormerConfig, tensors: dict[str, Tensor]) -> list[s
     """Compare names and shapes with the model of ``config``; nothing is allocated.
 
     Returns the names that the model does not know. Raises ValueError listing everything missing and
-    everything of a wrong shape.
+    everything of a wrong shape or type.
     """
     with torch.device("meta"):
         expected = {
@@ -227,6 +233,8 @@ def check_tensors(config: BagFormerConfig, tensors: dict[str, Tensor]) -> list[s
         shape = list(tensors[name].shape)
         if shape != expected[name]:
             problems.append(f"wrong shape: {name} is {shape}, expected {expected[name]}")
+        elif not tensors[name].is_floating_point():
+            problems.append(f"wrong type: {name} is {tensors[name].dtype}, expected floats")
     if problems:
         raise ValueError("the checkpoint does not fit:\n  " + "\n  ".join(problems))
     return sorted(tensors.keys() - expected.keys())

@@ -86,7 +86,7 @@ class BagFormerPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["TextLayer", "Block"]  # noqa: RUF012
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         if isinstance(module, BagFormerModel):
             if module.temp is not None:
                 init.constant_(module.temp, self.config.cls_temperature)
@@ -104,7 +104,8 @@ class BagFormerPreTrainedModel(PreTrainedModel):
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As in transformers. Whatever the files do not hold of the picture encoder gets timm's own
         initial values (and transformers' warning)."""
-        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        loaded: Any = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        model, info = loaded
         prefix = "vision_model.backbone."
         absent = set(info["missing_keys"]) | {key[0] for key in info["mismatched_keys"]}
         model.vision_model.restore(
@@ -116,7 +117,7 @@ class BagFormerPreTrainedModel(PreTrainedModel):
 class BagFormerModel(BagFormerPreTrainedModel):
     """Both encoders and the late interaction between them, without a matching head."""
 
-    _keys_to_ignore_on_load_unexpected = [  # noqa: RUF012
+    _keys_to_ignore_on_load_unexpected: Any = [  # noqa: RUF012
         r"itm_head\..*",
         r"text_model\.encoder\.layer\.\d+\..*",
         r"twc_loss\..*",
@@ -132,7 +133,7 @@ class BagFormerModel(BagFormerPreTrainedModel):
         self.text_model = TextEncoder(config.text_config, config.fusion_layer, fused)
         self.vision_proj = nn.Linear(width, config.embed_dim)
         self.text_proj = nn.Linear(config.text_config.hidden_size, config.embed_dim)
-        self.temp: nn.Parameter | None = None
+        self.temp: Any = None
         self._add_heads(config)
         self.post_init()
 
@@ -175,8 +176,8 @@ class BagFormerModel(BagFormerPreTrainedModel):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        bag_offsets: Tensor | None = None,
-        bag_mask: Tensor | None = None,
+        bag_offsets: Any = None,
+        bag_mask: Any = None,
     ) -> BagFormerTextOutput:
         """Encode texts.
 
@@ -188,7 +189,7 @@ class BagFormerModel(BagFormerPreTrainedModel):
             raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        mask = None
+        mask: Any = None
         if self.config.interaction == "bagwise":
             self._check_bags(bag_offsets, bag_mask, len(input_ids))
             mask = bag_mask.bool()
@@ -272,7 +273,7 @@ class BagFormerForRetrieval(BagFormerModel):
     _has_matching_head = True
 
     def _add_heads(self, config: BagFormerConfig) -> None:
-        self.itm_head: nn.Linear | None = None
+        self.itm_head: Any = None
         if config.use_itm_head:
             self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
         self.temp = nn.Parameter(torch.tensor(float(config.cls_temperature)))
@@ -334,7 +335,7 @@ class BagFormerForRetrieval(BagFormerModel):
             self._add_losses(output, positives, itm_negatives)
         return output
 
-    def _add_losses(self, output: BagFormerOutput, positives, itm_negatives) -> None:
+    def _add_losses(self, output: Any, positives: Tensor | None, itm_negatives: Any) -> None:
         batch, images = output.text_to_image.shape
         if batch != images:
             raise ValueError(f"the losses need as many texts as images, got {batch} and {images}")
@@ -357,7 +358,9 @@ class BagFormerForRetrieval(BagFormerModel):
             losses.append(output.loss_twc)
         output.loss = sum(losses[1:], losses[0])
 
-    def _add_matching(self, output: BagFormerOutput, positives, itm_negatives, logits) -> None:
+    def _add_matching(
+        self, output: Any, positives: Tensor | None, itm_negatives: Any, logits: Tensor
+    ) -> None:
         batch, device = len(logits), logits.device
         if itm_negatives is not None:
             negatives = given_negatives(itm_negatives, batch, device)

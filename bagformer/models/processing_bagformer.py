@@ -15,6 +15,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.utils import cached_file
 
 from bagformer.bags import Bags, BagSegmenter
+from bagformer.dictionary import token_ids_of
 from bagformer.models.configuration_bagformer import PROTOCOL_DEFAULTS, BagFormerConfig
 from bagformer.models.image_processing_bagformer import BagFormerImageProcessor
 from bagformer.models.tokens import Encoded, clean, encode
@@ -90,8 +91,7 @@ class BagFormerProcessor(ProcessorMixin):
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
         if segmenter is None:
             names = PROTOCOL_DEFAULTS["corrected"]["masked_tokens"]
-            masked = tokenizer.convert_tokens_to_ids(names)
-            segmenter = BagSegmenter((), masked_ids=masked)
+            segmenter = BagSegmenter((), masked_ids=token_ids_of(tokenizer, names))
         if max_text_length < 2 + int(sep_token):
             raise ValueError(f"max_text_length={max_text_length} leaves no room for text")
         self.segmenter = segmenter
@@ -110,11 +110,12 @@ class BagFormerProcessor(ProcessorMixin):
         ``tokenizer``: a tokenizer, or what ``BertTokenizer.from_pretrained`` takes. ``dictionary``:
         a file with one entity a line, or a segmenter; None makes every token a bag of its own.
         """
-        if isinstance(tokenizer, (str, Path)):
-            tokenizer = BertTokenizer.from_pretrained(str(tokenizer))
+        reader = tokenizer
+        if isinstance(reader, (str, Path)):
+            reader = BertTokenizer.from_pretrained(str(reader))
         masked = tuple(config.masked_tokens)
         if dictionary is None:
-            ids = tokenizer.convert_tokens_to_ids(list(masked))
+            ids = token_ids_of(reader, masked)
             segmenter = BagSegmenter((), matcher=config.matcher, masked_ids=ids)
         elif isinstance(dictionary, BagSegmenter):
             segmenter = dictionary
@@ -125,11 +126,11 @@ class BagFormerProcessor(ProcessorMixin):
                 )
         else:
             segmenter = BagSegmenter.from_dictionary(
-                dictionary, tokenizer, matcher=config.matcher, masked_tokens=masked
+                dictionary, reader, matcher=config.matcher, masked_tokens=masked
             )
         image_processor = BagFormerImageProcessor(config.vision_config.image_size)
         return cls(
-            image_processor, tokenizer, segmenter, config.max_text_length, bool(config.sep_token)
+            image_processor, reader, segmenter, config.max_text_length, bool(config.sep_token)
         )
 
     def __call__(
@@ -266,7 +267,7 @@ class BagFormerProcessor(ProcessorMixin):
             columns = []
             for other in range(0, len(passages), batch_size):
                 image, image_mask = _pad(passages[other : other + batch_size])
-                scores = maxsim(
+                scores: Any = maxsim(
                     text,
                     image,
                     text_mask=text_mask,
@@ -344,7 +345,7 @@ class BagFormerProcessor(ProcessorMixin):
         return [str(folder / CONFIG_FILE), str(folder / BAGS_FILE)]
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls, pretrained_model_name_or_path: str | Path, **kwargs: Any
     ) -> BagFormerProcessor:
         """Read what :meth:`save_pretrained` wrote.
@@ -356,7 +357,7 @@ class BagFormerProcessor(ProcessorMixin):
         hub = {key: kwargs[key] for key in _HUB if kwargs.get(key) is not None}
         if not Path(name).is_dir() and (Path(name).is_absolute() or name.startswith(".")):
             raise FileNotFoundError(f"no such folder: {name}")
-        config_path = cached_file(name, CONFIG_FILE, **hub)
+        config_path = str(cached_file(name, CONFIG_FILE, **hub))
         try:
             described = json.loads(Path(config_path).read_text(encoding="utf-8"))
             bags_name, expected = described["bags_file"], described["bags_sha256"]
@@ -367,7 +368,7 @@ class BagFormerProcessor(ProcessorMixin):
             raise ValueError(
                 f"{config_path}: bags_file must be a plain file name, got {bags_name!r}"
             )
-        bags_path = cached_file(name, bags_name, **hub)
+        bags_path = str(cached_file(name, bags_name, **hub))
         actual = _sha256(bags_path)
         if actual != expected:
             raise ValueError(

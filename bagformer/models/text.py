@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, PreTrainedModel
@@ -93,11 +95,11 @@ class TextEncoder(PreTrainedModel):
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: Any) -> None:
         self.embeddings.word_embeddings = value
 
     @torch.no_grad()
-    def _init_weights(self, module: nn.Module) -> None:
+    def _init_weights(self, module: Any) -> None:
         if isinstance(module, (nn.Linear, nn.Embedding)):
             init.normal_(module.weight, mean=0.0, std=self.config.initializer_range)
             if getattr(module, "bias", None) is not None:
@@ -106,9 +108,10 @@ class TextEncoder(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, BertEmbeddings):
-            positions = torch.arange(module.position_ids.shape[-1])
-            init.copy_(module.position_ids, positions.expand((1, -1)))
-            init.zeros_(module.token_type_ids)
+            buffers: Any = module
+            positions = torch.arange(buffers.position_ids.shape[-1])
+            init.copy_(buffers.position_ids, positions.expand((1, -1)))
+            init.zeros_(buffers.token_type_ids)
 
     def forward(
         self,

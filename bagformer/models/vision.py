@@ -28,7 +28,7 @@ class Layout(NamedTuple):
     width: int
 
 
-def create_backbone(config: BagFormerVisionConfig) -> nn.Module:
+def create_backbone(config: BagFormerVisionConfig) -> Any:
     """Make the timm model without weights from elsewhere and without a classifier."""
     if not timm.is_model(config.backbone):
         raise ValueError(f"vision_config.backbone: timm has no model named {config.backbone!r}")
@@ -84,8 +84,10 @@ def find_layout(model: nn.Module, features: Tensor) -> Layout:
     width = getattr(model, "num_features", None)
     last = str(getattr(model, "output_fmt", "")).upper() == "NHWC"
     if last or (features.shape[1] != width and features.shape[3] == width):
-        return Layout("nhwc", 0, False, tuple(features.shape[1:3]), features.shape[3])
-    return Layout("nchw", 0, False, tuple(features.shape[2:4]), features.shape[1])
+        rows, columns, width = features.shape[1:]
+        return Layout("nhwc", 0, False, (rows, columns), width)
+    width, rows, columns = features.shape[1:]
+    return Layout("nchw", 0, False, (rows, columns), width)
 
 
 def probe(config: BagFormerVisionConfig) -> tuple[Layout, list[str]]:
@@ -109,7 +111,8 @@ def probe(config: BagFormerVisionConfig) -> tuple[Layout, list[str]]:
                         f"{config.image_size} pixels: {error}"
                     ) from error
                 continue
-            unused = [name for name in _HEADS if hasattr(model, name) and name not in entered]
+            parts = dict(model.named_children())
+            unused = [name for name in _HEADS if name in parts and name not in entered]
             return find_layout(model, features), unused
     raise AssertionError("the CPU run returns or raises")
 
@@ -125,7 +128,7 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.layout, unused = probe(config)
-        self.backbone = create_backbone(config)
+        self.backbone: Any = create_backbone(config)
         for name in unused:
             # a parameter that no loss reaches breaks data-parallel training
             setattr(self.backbone, name, nn.Identity())
@@ -155,7 +158,7 @@ class VisionEncoder(nn.Module):
         if rows * columns == patches:
             return self.layout.grid
         embed = getattr(self.backbone, "patch_embed", None)
-        if not hasattr(embed, "dynamic_feat_size"):
+        if embed is None or not hasattr(embed, "dynamic_feat_size"):
             raise ValueError(f"expected {rows} x {columns} patches, the backbone gave {patches}")
         return embed.dynamic_feat_size(tuple(pixel_values.shape[-2:]))
 

@@ -52,7 +52,6 @@ def backward(
         return
     # the kernel runs along features with stride 1
     text, image = _dense_rows(text), _dense_rows(image)
-    grads = tuple(None if grad is None else grad.contiguous() for grad in grads)
     candidates = image.dim() == 4
     saved = winners[0].numel() + winners[1].numel() > 0
     for rows in [slice(None)] if saved else _text_blocks(text, image):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -54,12 +54,18 @@ def matmul_precision(dtype: torch.dtype, device: torch.device, precision: str) -
     """Float32 products at least as good as asked, whatever the user's global setting says."""
     # products of two bfloat16 or float16 numbers are exact in TF32
     tf32 = device.type == "cuda" and (precision != "fp32" or dtype.itemsize == 2)
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high" if tf32 else "highest")
+    # the switch of one backend: the global one raises where a user has set any of these
+    switch: Any = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    switch = switch.matmul
+    before, wanted = switch.fp32_precision, "tf32" if tf32 else "ieee"
+    if before == wanted:
+        yield
+        return
+    switch.fp32_precision = wanted
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        switch.fp32_precision = before
 
 
 def _clean(features: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:

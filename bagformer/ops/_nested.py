@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -14,13 +16,14 @@ def pad_nested(
         return features, mask
     if mask is not None:
         raise ValueError(f"{mask_name} must be None: the nested {name} has lengths of its own")
-    if features.layout != torch.jagged or features.dim() != 3 or features.lengths() is not None:
+    jagged: Any = features
+    if features.layout != torch.jagged or features.dim() != 3 or jagged.lengths() is not None:
         raise ValueError(
             f"{name} must be a contiguous jagged tensor [B, j, D] if nested "
             f"(torch.nested.nested_tensor(..., layout=torch.jagged)), got layout "
             f"{features.layout} with {features.dim()} dimensions"
         )
-    lengths = features.offsets().diff()
+    lengths = jagged.offsets().diff()
     longest = int(lengths.max()) if lengths.numel() else 0
     padded = torch.nested.to_padded_tensor(
         features, 0.0, (len(lengths), longest, features.shape[-1])

@@ -134,6 +134,8 @@ def l2_normalize(x: Tensor, eps: float = 1e-12, *, backend: str = "auto") -> Ten
                 [0.0000, 0.0000]])
     """
     check_tensor("x", x)
+    if x.layout != torch.strided:
+        raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
     if x.dtype not in FLOATS:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     if x.dim() == 0:

@@ -59,7 +59,7 @@ def _run(
     values, indices = _fake(text, image, None, None, k, direction)
     slot = TOPK_DIRECTIONS.index(direction)
     for row in range(0, n_rows, ROWS):
-        some, some_mask = _cut(rows, row, ROWS), _cut(row_mask, row, ROWS)
+        some, some_mask = rows[row : row + ROWS], _cut(row_mask, row, ROWS)
         best = values.new_empty(len(some), 0), indices.new_empty(len(some), 0)
         for column in range(0, n_columns, COLUMNS):
             sides = _swapped(direction, some, _cut(columns, column, COLUMNS))

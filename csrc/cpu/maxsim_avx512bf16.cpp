@@ -22,6 +22,12 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 #endif
 
+// GCC's own intrinsics start from a register that is deliberately undefined (its bug 105593).
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
 namespace bagformer {
 namespace {
 
@@ -34,9 +40,7 @@ struct BF16x32 : F32x16 {
 
     static P load_packed(const E* p) { return _mm512_loadu_si512(p); }
     static P broadcast(E x) { return _mm512_set1_epi32(std::bit_cast<int32_t>(x)); }
-    static V fma(P a, P b, V c) {
-        return _mm512_dpbf16_ps(c, std::bit_cast<__m512bh>(a), std::bit_cast<__m512bh>(b));
-    }
+    static V fma(P a, P b, V c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
     static V load_row(const E* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
     static E element(E x) { return x; }
     static void store_packed(E* p, V v) { _mm512_storeu_si512(p, _mm512_castps_si512(v)); }

@@ -1,0 +1,92 @@
+"""No similarity tensor, ever; and addresses beyond 2^31 elements."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from support.makers import features, same_bits
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from bagformer import maxsim
+from bagformer.ops import _maxsim_torch
+
+PEAK = """
+import sys, torch, bagformer
+from pathlib import Path
+
+def high_water_mb():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+torch.set_num_threads(1)
+text, image = torch.randn(96, 25, 64), torch.randn(96, 257, 64)
+leaves = text.requires_grad_(), image.requires_grad_()
+
+def step(*sides):
+    scores = bagformer.maxsim(*sides)
+    (scores.text_to_image.sum() + scores.image_to_text.sum()).backward()
+
+step(text[:1], image[:1])
+try:
+    Path("/proc/self/clear_refs").write_text("5")
+except OSError:
+    sys.exit(77)
+before = high_water_mb()
+step(text, image)
+print(high_water_mb() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_peak_memory_of_a_training_step():
+    """All similarities would be 226 MB, and their gradient as much again."""
+    found = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    if found.returncode == 77:
+        pytest.skip("the peak of the resident set cannot be reset here")
+    assert found.returncode == 0, found.stderr
+    # features' gradients 8.7 MB twice, winners 2.8 MB, packed texts 0.6 MB
+    assert float(found.stdout) < 50
+
+
+def test_the_chunked_backend_holds_one_chunk_at_a_time(monkeypatch):
+    monkeypatch.setattr(_maxsim_torch, "CHUNK_ELEMENTS", 10_000)
+    text, image = features(40, 5, 2), features(30, 50, 2, seed=1)
+    largest = 0
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            result = function(*args, **(kwargs or {}))
+            for value in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(value, torch.Tensor):
+                    largest = max(largest, value.numel())
+            return result
+
+    outputs = torch.empty(40, 30), torch.empty(30, 40), torch.empty(0), torch.empty(0)
+    options = _maxsim_torch.Options("exclude", "both", "sum", "fp32")
+    with Sizes():
+        _maxsim_torch.forward(text, image, None, None, options, outputs)
+    assert 5_000 < largest <= 10_000  # all similarities: 300,000
+    assert same_bits(outputs[0], maxsim(text, image, backend="torch").text_to_image)
+
+
+def test_strides_beyond_two_gigaelements():
+    """Two texts that lie 2^31 + 5 elements apart; the pages between are never touched."""
+    apart = 2**31 + 5
+    try:
+        store = torch.empty(apart + 64, dtype=torch.bfloat16)
+    except RuntimeError as error:
+        pytest.skip(f"no 4 GB of address space: {error}")
+    text = store.as_strided((2, 3, 4), (apart, 4, 1))
+    text.copy_(features(2, 3, 4, dtype=torch.bfloat16))
+    image = features(2, 20, 4, seed=1, dtype=torch.bfloat16)
+    near = text.contiguous()
+    assert same_bits(maxsim(text, image)[0], maxsim(near, image)[0])
+    assert same_bits(maxsim(image, text)[0], maxsim(image, near)[0])
+    leaves = [side.detach().requires_grad_() for side in (text, near, image)]
+    for which in leaves[:2]:
+        maxsim(which, leaves[2]).image_to_text.sum().backward()
+    assert same_bits(leaves[0].grad, leaves[1].grad)
