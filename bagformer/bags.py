@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import mmap
 import os
+import secrets
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from tempfile import NamedTemporaryFile
 from typing import Any
 
 import numpy as np
@@ -94,7 +95,7 @@ class Bags:
         if not -len(self) <= row < len(self):
             raise IndexError(f"row must lie in [0, {len(self)}), got {row}")
         bounds = self.offsets[row, : int(self.counts[row]) + 1].tolist()
-        return list(zip(bounds, bounds[1:], strict=False))
+        return list(pairwise(bounds))
 
     def embedding_bag_offsets(self) -> Tensor:
         """int64 ``[B * N]``: flat starts for ``torch.nn.functional.embedding_bag``.
@@ -212,25 +213,24 @@ class BagSegmenter:
             segmenter._adopt(image)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from None
-        segmenter._path = Path(path).resolve()
+        segmenter._remember(Path(path).resolve())
         return segmenter
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the automaton to ``path``: whole or not at all, even if the machine stops."""
         path = Path(path).resolve()
-        with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            try:
+        partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}")
+        try:
+            with open(partial, "xb") as file:
                 file.write(self._image)
                 file.flush()
                 os.fsync(file.fileno())
-                os.chmod(file.name, 0o644)
-                os.replace(file.name, path)
-            except BaseException:
-                with suppress(FileNotFoundError):
-                    os.unlink(file.name)
-                raise
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise
         _sync_folder(path.parent)
-        self._path = path
+        self._remember(path)
 
     def __call__(
         self, input_ids: Tensor | Sequence[Sequence[int]], n_threads: int | None = None
@@ -292,15 +292,19 @@ class BagSegmenter:
         return f"BagSegmenter({len(self)} entities, matcher={self.matcher!r})"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        if self._path is not None and self._path.exists():
-            return _restore_file, (str(self._path), self.sha256, self.report)
+        file = self._file
+        if file is not None and file == _identify(file[0]):
+            return _restore_file, (str(file[0]), self.sha256, self.report)
         return _restore_bytes, (bytes(self._image), self.report)
 
     def _adopt(self, image: Any) -> None:
         self._image = image
         self._automaton = _C.BagAutomaton(image)
-        self._path: Path | None = None
+        self._file: tuple[Path, int, int, int] | None = None
         self._sha256: str | None = None
+
+    def _remember(self, path: Path) -> None:
+        self._file = _identify(path)
 
 
 def _builder(matcher: str, masked_ids: Iterable[int]) -> Any:
@@ -326,6 +330,15 @@ def _verify(image: Any) -> None:
     body, trailer = view[: -_TRAILER.size], view[-_TRAILER.size :]
     if len(trailer) < _TRAILER.size or zlib.crc32(body) != _TRAILER.unpack(trailer)[0]:
         raise ValueError("the checksum is wrong, the file is damaged or no bag file")
+
+
+def _identify(path: Path) -> tuple[Path, int, int, int] | None:
+    """What tells a file from another one that was since put in its place."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return path, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _sync_folder(folder: Path) -> None:

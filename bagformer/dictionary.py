@@ -146,7 +146,7 @@ def _read_lines(
 
 
 def _raw_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
-    """Lines without their ends (``\\n``, ``\\r\\n`` or ``\\r``), cut after ``_MAX_LINE_BYTES + 1``."""
+    """Lines without their ends, of any system; an absurd one is cut but still too long."""
     with open(path, "rb") as file:
         first = True
         while chunk := file.readline(_MAX_LINE_BYTES + 2):

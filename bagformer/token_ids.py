@@ -42,7 +42,7 @@ def _as_int64(ids: list[int], last: int) -> np.ndarray:
 
 
 def as_array(input_ids: Tensor | Sequence[Sequence[int]]) -> np.ndarray:
-    """``[B, T]`` integers as an array, without a copy where they are a tensor on the CPU or an array.
+    """``[B, T]`` integers as an array; a tensor on the CPU and an array are not copied.
 
     Raises TypeError or ValueError as ``BagSegmenter.__call__`` documents.
     """
@@ -55,7 +55,7 @@ def as_array(input_ids: Tensor | Sequence[Sequence[int]]) -> np.ndarray:
         for number, row in enumerate(rows):
             if not isinstance(row, Sequence | np.ndarray) or isinstance(row, str):
                 raise TypeError(
-                    f"input_ids must be a [B, T] tensor or rows of ints, row {number} is {row!r:.80}"
+                    f"input_ids must be a tensor or rows of ints, row {number} is {row!r:.60}"
                 )
             if len(row) != len(rows[0]):
                 raise ValueError(

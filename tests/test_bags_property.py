@@ -87,7 +87,7 @@ def test_what_iter_long_misses(entities, row, missed):
 
 
 def test_equals_pyahocorasick():
-    """Against the choice from all of its occurrences; iter_long makes the same but for its misses."""
+    """Against the choice from all its occurrences; iter_long makes the same but for its misses."""
     n_cases = n_missed = 0
     for entities, rows in random_cases(2300, n_rows=60, seed=7):
         if not entities or not rows[0]:

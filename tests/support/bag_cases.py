@@ -154,3 +154,9 @@ def _like_a_text(row: list[int], make: random.Random) -> list[int]:
     """[CLS], some content, [PAD] to the end."""
     kept = make.randint(0, len(row))
     return ([CLS, *row[:kept], *[PAD] * len(row)])[: len(row)]
+
+
+def offsets_of(task: tuple) -> list:
+    """For worker processes, which import this module but no test file: ``(segmenter, rows)``."""
+    segmenter, rows = task
+    return segmenter(rows).offsets.tolist()

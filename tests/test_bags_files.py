@@ -1,0 +1,260 @@
+"""Saved segmenters: round trips, workers, and damaged or hostile files."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import pickle
+import random
+import stat
+from itertools import pairwise
+
+import pytest
+import torch
+from support import bag_files
+from support.bag_cases import offsets_of, random_cases
+
+from bagformer import reference
+from bagformer.bags import BagSegmenter
+
+ENTITIES = [(1, 2), (1, 2, 3, 4), (3, 4), (2, 3), (5,), (2**25, 1, 2)]
+ROWS = [[1, 2, 3, 4, 9], [9, 1, 2, 3, 9], [2**25, 1, 2, 5, 0]]
+
+
+def same_bags(a, b):
+    return all(torch.equal(getattr(a, f), getattr(b, f)) for f in ("offsets", "mask", "counts"))
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "entities.bags"
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    path = tmp_path_factory.mktemp("image") / "x.bags"
+    BagSegmenter(ENTITIES, masked_ids=[0, 7]).save(path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("matcher", reference.MATCHERS)
+def test_round_trip(path, matcher):
+    for entities, rows in random_cases(30, n_rows=20, seed=31):
+        made = BagSegmenter(entities, matcher=matcher, masked_ids=[0, 101])
+        made.save(path)
+        read = BagSegmenter.load(path)
+        assert (read.matcher, read.masked_ids, len(read)) == (matcher, (0, 101), len(made))
+        assert same_bags(read(rows), made(rows))
+        assert read.sha256 == made.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_saving_replaces_whole_files_and_leaves_nothing_behind(path):
+    first, second = BagSegmenter(ENTITIES), BagSegmenter(ENTITIES[:1])
+    first.save(path)
+    mapped = BagSegmenter.load(path)
+    second.save(path)
+    assert same_bags(mapped(ROWS), first(ROWS)), "a mapped file lives on when it is replaced"
+    assert BagSegmenter.load(path).sha256 == second.sha256
+    assert os.listdir(path.parent) == [path.name]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~umask
+    with pytest.raises(FileNotFoundError):
+        first.save(path.parent / "missing" / "x.bags")
+    (path.parent / "folder").mkdir()
+    with pytest.raises(OSError):
+        first.save(path.parent / "folder")
+    assert sorted(os.listdir(path.parent)) == [path.name, "folder"]
+
+
+def test_pickled_by_path(path):
+    made = BagSegmenter([tuple(range(k, k + 3)) for k in range(5000)])
+    made.save(path)
+    for segmenter in (made, BagSegmenter.load(path)):
+        data = pickle.dumps(segmenter)
+        assert len(data) < 1000
+        assert pickle.loads(data).sha256 == made.sha256
+    data = pickle.dumps(made)
+    BagSegmenter(ENTITIES).save(path)
+    with pytest.raises(ValueError, match=f"{path.name}: the file has changed since"):
+        pickle.loads(data)
+    assert pickle.loads(pickle.dumps(made)).sha256 == made.sha256, "carries its bytes instead"
+    path.unlink()
+    assert pickle.loads(pickle.dumps(made)).sha256 == made.sha256
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("method", "saved"), [("fork", False), ("forkserver", True), ("spawn", False)]
+)
+def test_workers(path, method, saved):
+    if method not in multiprocessing.get_all_start_methods():
+        pytest.skip(f"this system cannot {method}")
+    segmenter = BagSegmenter(ENTITIES)
+    if saved:
+        segmenter.save(path)
+    want = offsets_of((segmenter, ROWS))
+    with multiprocessing.get_context(method).Pool(2) as pool:
+        assert pool.map(offsets_of, [(segmenter, ROWS)] * 8) == [want] * 8
+
+
+class _Batches(torch.utils.data.Dataset):
+    def __init__(self, segmenter):
+        self.segmenter = segmenter
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return self.segmenter(ROWS[index % 3 :]).offsets[0, :4]
+
+
+def test_data_loader_workers_after_threads_were_used():
+    segmenter = BagSegmenter(ENTITIES)
+    segmenter(torch.ones(4096, 4, dtype=torch.int64), n_threads=2)
+    alone = [batch.tolist() for batch in torch.utils.data.DataLoader(_Batches(segmenter))]
+    loader = torch.utils.data.DataLoader(
+        _Batches(segmenter), num_workers=2, multiprocessing_context="fork"
+    )
+    assert [batch.tolist() for batch in loader] == alone
+
+
+def refuse(path, data, text):
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match=text) as caught:
+        BagSegmenter.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+
+
+def test_files_of_another_kind(path, image):
+    refuse(path, b"", "the file is empty")
+    refuse(path, b"BGF", "checksum")
+    refuse(path, image[:-1], "the checksum is wrong, the file is damaged or no bag file")
+    refuse(path, bag_files.reseal(image[:50]), "too short to be a bag file")
+    refuse(path, bag_files.reseal(b"X" + image[1:]), "wrong magic")
+    refuse(path, bag_files.reseal(image[:-4] + bytes(8)), "size in the header")
+    with pytest.raises(FileNotFoundError):
+        BagSegmenter.load(path.parent / "missing.bags")
+
+
+@pytest.mark.parametrize(
+    ("words", "text"),
+    [
+        ({"version": 2}, "bag file version 2, this build reads version 1"),
+        ({"byte_order": 0x04030201}, "wrong byte order mark"),
+        ({"matcher": 3}, "unknown matcher"),
+        ({"matcher": 1}, "wrong number of links"),
+        ({"header_bytes": 64}, "wrong header size"),
+        ({"file_bytes": 2**63}, "size in the header"),
+        ({"n_entities": 5}, "the number of entities is wrong"),
+        ({"alphabet": 0}, "too few slots"),
+        ({"alphabet": 2**32 - 1}, "too few slots"),
+        ({"n_dense": 2**32 - 1}, "counts in the header do not fit"),
+        ({"n_slots": 2**32 - 1, "n_links": 2**32 - 1}, "counts in the header do not fit"),
+        ({"n_items": 0}, "counts in the header do not fit|wrong number of items"),
+    ],
+)
+def test_headers_that_lie(path, image, words, text):
+    refuse(path, bag_files.with_header(image, **words), text)
+
+
+def _slot(image, *ids):
+    """Slot of the state that a path of token ids leads to."""
+    state = 0
+    for token in ids:
+        code = bag_files.entry(image, "dense", token)[0] & (2**31 - 1)
+        slot = (bag_files.entry(image, "slots", state)[0] & (2**30 - 1)) + code
+        assert bag_files.entry(image, "slots", slot)[1] == state
+        state = slot
+    return state
+
+
+@pytest.mark.parametrize(
+    ("section", "path_ids", "words", "text"),
+    [
+        ("slots", (), {"w1": 0}, "the root is damaged"),
+        ("slots", (1, 2), {"w1": 2**31}, "a parent lies outside the slots"),
+        ("slots", (1, 2), {"w0": 2**30 - 1}, "a base lies outside the slots"),
+        ("slots", (1, 2), {"w1": 2**32 - 1}, "a free slot is not empty"),
+        ("slots", (3, 4), {"w1": 0}, "outside the alphabet|a depth is not"),
+        ("slots", (3, 4), {"w0": 0}, "the number of entities is wrong"),
+        ("slots", (1,), {"w0": 2**30}, "outside the alphabet|is wrong"),
+        ("links", (), {"w2": 1}, "the root's link is damaged"),
+        ("links", (1, 2), {"w2": 3}, "a depth is not its parent's plus one"),
+        ("links", (1, 2, 3), {"w0": 2**31}, "a link leads outside the slots"),
+        ("links", (1, 2, 3), {"w1": 2**31}, "a link's item does not exist"),
+        ("links", (1, 2), {"w1": 0}, "a plain flag is wrong"),
+        ("links", (5,), {"w1": 1}, "an item reaches into undecided tokens"),
+    ],
+)
+def test_states_that_lie(path, image, section, path_ids, words, text):
+    state = _slot(image, *path_ids)
+    refuse(path, bag_files.with_entry(image, section, state, **words), text)
+
+
+def test_links_in_a_circle(path, image):
+    deep = _slot(image, 1, 2, 3)
+    refuse(path, bag_files.with_entry(image, "links", deep, w0=deep), "does not lead upwards")
+    free = next(
+        slot
+        for slot in range(1, bag_files.header_of(image)["n_slots"])
+        if bag_files.entry(image, "slots", slot)[1] == 2**32 - 1
+    )
+    refuse(path, bag_files.with_entry(image, "links", deep, w0=free), "leads to a free slot")
+    refuse(path, bag_files.with_entry(image, "links", free, w2=1), "a free link is in use")
+    refuse(path, bag_files.with_entry(image, "slots", deep, w1=free), "a parent is a free slot")
+
+
+def test_items_and_tokens_that_lie(path, image):
+    refuse(path, bag_files.with_entry(image, "items", 0, w2=2), "the first item is damaged")
+    refuse(path, bag_files.with_entry(image, "items", 1, w0=1), "does not lie before it")
+    refuse(path, bag_files.with_entry(image, "items", 1, w2=1), "an item is too short")
+    refuse(path, bag_files.with_entry(image, "items", 1, w1=2**32 - 1), "undecided|own link")
+    refuse(path, bag_files.with_entry(image, "dense", 1, w0=2**31 - 1), "outside the alphabet")
+    code = bag_files.entry(image, "dense", 1)[0]
+    refuse(path, bag_files.with_entry(image, "dense", 2, w0=code), "two tokens share a code")
+    refuse(path, bag_files.with_entry(image, "dense", 1, w0=0), "a code belongs to no token")
+    refuse(path, bag_files.with_entry(image, "masked", 0, w0=1), "masked flags differ")
+    refuse(path, bag_files.with_entry(image, "rare", 0, w0=1), "rare ids are out of order")
+    refuse(path, bag_files.with_entry(image, "rare", 0, w0=2**31), "rare ids are out of order")
+
+
+def test_random_damage(path):
+    """Damage is an error or, where a right checksum was forged, a file that can be searched."""
+    make, probes = (
+        random.Random(1),
+        [list(range(9)) * 3, [1, 2, 3, 4, 5] * 5 + [2**25] * 2],
+    )
+    images = []
+    for matcher in reference.MATCHERS:
+        BagSegmenter(ENTITIES, matcher=matcher, masked_ids=[0, 3]).save(path)
+        images.append(path.read_bytes())
+    n_refused = n_loaded = 0
+    for trial in range(2400):
+        image = images[trial % 3]
+        data = bag_files.mutated(image, make)
+        forged = trial % 2 == 1 and len(data) > 4
+        if forged:
+            data = bag_files.reseal(data)
+        path.write_bytes(data)
+        try:
+            segmenter = BagSegmenter.load(path)
+        except ValueError as error:
+            assert str(error).startswith(f"{path}: ")
+            n_refused += 1
+            continue
+        assert forged or data == image
+        n_loaded += 1
+        for row in probes:
+            spans = segmenter([row]).spans(0)
+            assert spans[0][0] == 0 and spans[-1][1] == len(row)
+            assert all(a[1] == b[0] for a, b in pairwise(spans))
+    assert n_refused > 2000 and n_loaded > 10
+
+
+def test_a_damaged_pickle_is_an_error():
+    data = bytearray(pickle.dumps(BagSegmenter(ENTITIES)))
+    data[data.index(b"BGFBAGS") + 200] ^= 1
+    with pytest.raises(ValueError, match="checksum"):
+        pickle.loads(bytes(data))
