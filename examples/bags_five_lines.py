@@ -1,16 +1,13 @@
 """Bags: from texts and a dictionary to one vector for each word."""
 
-from importlib.resources import files
-
 import torch
 from transformers import BertTokenizer
 
 from bagformer import BagSegmenter, bag_pool
+from bagformer.assets import sample_path, vocabulary_path
 
-ASSETS = files("bagformer") / "assets"
-
-tokenizer = BertTokenizer(str(ASSETS / "vocab.txt"), do_lower_case=True)
-words = ASSETS / "iconpark_sample/entities.txt"  # one entity a line
+tokenizer = BertTokenizer(str(vocabulary_path()), do_lower_case=True)
+words = sample_path() / "entities.txt"  # one entity a line
 masked = ("[CLS]", "[SEP]", "[PAD]")
 segmenter = BagSegmenter.from_dictionary(words, tokenizer, masked_tokens=masked)
 ids = tokenizer(["高领毛衣", "女士靴子"], padding=True, return_tensors="pt").input_ids

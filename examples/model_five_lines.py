@@ -1,4 +1,4 @@
-"""The model: rank pictures for texts. Arguments: a model folder, and picture files."""
+"""The model: rank pictures for texts. Arguments: picture files."""
 
 import sys
 
@@ -6,8 +6,10 @@ import torch
 from PIL import Image
 
 from bagformer import BagFormerForRetrieval, BagFormerProcessor
+from bagformer.assets import tiny_model_path
 
-folder, pictures = sys.argv[1], [Image.open(path) for path in sys.argv[2:]]
+pictures = [Image.open(path) for path in sys.argv[1:]]
+folder = tiny_model_path()  # or any folder of save_pretrained, or of `bagformer convert`
 
 model = BagFormerForRetrieval.from_pretrained(folder).eval()
 processor = BagFormerProcessor.from_pretrained(folder)

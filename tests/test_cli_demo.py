@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 from html import escape
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,15 +21,7 @@ MEGABYTE = 2**20
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    root = tmp_path_factory.mktemp("world")
-    queries, images = world.write_muge(root / "muge")
-    return SimpleNamespace(
-        root=root,
-        model=world.make_model(root / "model"),
-        pictures=root / "muge" / "png",
-        queries=queries,
-        images=images,
-    )
+    return world.make_place(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

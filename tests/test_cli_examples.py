@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from support import world
 
-from bagformer.cli._common import SAMPLE, VOCABULARY
+import bagformer.assets
+from bagformer.assets import sample_path, tiny_model_path, vocabulary_path
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 
@@ -34,7 +35,7 @@ def test_score_ten_lines(run):
 
 
 @pytest.mark.skipif(
-    not (VOCABULARY.is_file() and SAMPLE.is_dir()),
+    not (vocabulary_path().is_file() and sample_path().is_dir()),
     reason="SKIPPED LOUDLY: vocabulary and dictionary are not in the package",
 )
 def test_bags_five_lines(run):
@@ -47,9 +48,11 @@ def test_bags_five_lines(run):
     assert found["pooled"].shape == (2, bags.mask.shape[1], 768)
 
 
-def test_model_five_lines(run, tmp_path):
-    folder = world.make_model(tmp_path / "model")
+def test_model_five_lines(run, tmp_path, monkeypatch):
+    if not tiny_model_path().is_dir():
+        folder = world.make_model(tmp_path / "model")
+        monkeypatch.setattr(bagformer.assets, "tiny_model_path", lambda: folder)
     pictures = world.write_pictures(tmp_path / "pictures")[:3]
-    found, _ = run("model_five_lines.py", folder, *pictures)
+    found, _ = run("model_five_lines.py", *pictures)
     output = found["output"]
     assert output.text_to_image.shape == (2, 3) and output.image_to_text.shape == (3, 2)
