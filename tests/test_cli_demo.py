@@ -209,6 +209,15 @@ def test_queries_without_any_bag_and_models_of_the_original(place, demo, tmp_pat
     report = world.read_json(tmp_path / "out" / "demo.json")
     assert code == 0 and report["queries"][0]["bags"] == ["红色", "", "毛衣"]
     check_page((tmp_path / "out" / "demo.html").read_text(encoding="utf-8"), report)
+    queries.write_text("红色毛衣" * 9 + "\n", encoding="utf-8")
+    code, _, err = demo("--model", place.model, *files)
+    page = (tmp_path / "out" / "demo.html").read_text(encoding="utf-8")
+    report = world.read_json(tmp_path / "out" / "demo.json")
+    assert code == 0 and err == "bagformer demo: 1 queries were cut off at 25 tokens\n"
+    # 23 tokens are left between [CLS] and [SEP]: eleven bags of two, and a bag of one
+    assert report["queries"][0]["truncated"] and len(report["queries"][0]["bags"]) == 12
+    assert "The end of this query was cut off." in page
+    check_page(page, report)
     queries.write_text("\u200b\n", encoding="utf-8")
     code, _, _ = demo("--model", place.model, *files)
     assert code == 0 and world.read_json(tmp_path / "out" / "demo.json")["queries"] == []

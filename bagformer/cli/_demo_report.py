@@ -10,7 +10,7 @@ import bagformer
 from bagformer.cli import _demo_words as words
 from bagformer.cli import _machine
 from bagformer.retrieval.explain import Explanation, explain_pair
-from bagformer.retrieval.heatmap import overlay_choice, overlay_heat, square
+from bagformer.retrieval.heatmap import overlay_choice, overlay_heat, thumbnail
 from bagformer.retrieval.metrics import first_relevant_ranks, invert, recall_at
 from bagformer.retrieval.page import bag_colour, data_uri
 
@@ -141,6 +141,7 @@ def _explained(explanation: Explanation, picture: Any) -> dict[str, Any]:
             }
             for number, match in enumerate(explanation.bags[:MOST_BAGS_DRAWN])
         ],
+        "counting_bags": len(explanation.bags),
         "patch_bags": [
             [place.get(bag, -1) for bag in row] for row in explanation.patch_bags.tolist()
         ],
@@ -222,8 +223,8 @@ def _query(run: Run, truth: Truth | None, number: int) -> tuple[dict[str, Any], 
     }
     gallery = run.inputs.gallery
     drawn = _draw(explained, gallery[top[0]["picture"]])
-    drawn["top"] = [data_uri(square(gallery[entry["picture"]], _TILE)) for entry in top]
-    drawn["first_relevant"] = late and data_uri(square(gallery[late["picture"]], _TILE))
+    drawn["top"] = [data_uri(thumbnail(gallery[entry["picture"]], _TILE)) for entry in top]
+    drawn["first_relevant"] = late and data_uri(thumbnail(gallery[late["picture"]], _TILE))
     return figures, drawn
 
 

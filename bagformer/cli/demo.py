@@ -216,6 +216,10 @@ def run(args: argparse.Namespace) -> int:
         print_json(report)
     else:
         _print_report(report, paths)
+    truncated = int(texts.truncated.sum())
+    if truncated:
+        limit = processor.max_text_length
+        note(args, f"bagformer demo: {truncated} queries were cut off at {limit} tokens")
     skipped = report["skipped"]
     if skipped:
         note(args, f"bagformer demo: left out {skipped}")

@@ -31,6 +31,8 @@ PALETTE: tuple[Colour, ...] = (
 CSS = Path(__file__).resolve().parent.parent / "assets" / "page" / "page.css"
 
 _PNG_LIMIT = 12_000
+# More drawings than this stand below the pictures, not beside them.
+_FEW_DRAWINGS = 6
 _ICON = (
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
     "%3Crect x='1' y='4' width='6' height='8' rx='2' fill='%233b6fd4'/%3E"
@@ -149,6 +151,10 @@ def _verdict(query: Mapping[str, Any]) -> str:
     return f'<span class="verdict wrong">first right picture at rank {rank}{count}</span>'
 
 
+def _notes(notes: Sequence[str]) -> str:
+    return f'<p class="soft small">{escape(" ".join(notes))}</p>' if notes else ""
+
+
 def _query(query: Mapping[str, Any], pictures: Mapping[str, Any], scale: str) -> str:
     bags = "".join(_chip(text, bag) for bag, text in enumerate(query["bags"]))
     tiles = [_tile(entry, uri) for entry, uri in zip(query["top"], pictures["top"], strict=True)]
@@ -164,11 +170,15 @@ def _query(query: Mapping[str, Any], pictures: Mapping[str, Any], scale: str) ->
         f"<span>{explained['image_to_text']:.3f}</span></span></figcaption></figure>"
     )
     low, high = explained["scale"]
-    truncated = '<p class="soft small">The end of this query was cut off.</p>'
+    notes = ["The end of this query was cut off."] if query["truncated"] else []
+    if explained["counting_bags"] > len(explained["bags"]):
+        drawn, counting = len(explained["bags"]), explained["counting_bags"]
+        notes.append(f"The first {drawn} of its {counting} bags are drawn.")
+    many = " many" if len(heats) > _FEW_DRAWINGS else ""
     return (
-        f'<article class="card query" id="q{query["number"]}"><div class="head">'
+        f'<article class="card query{many}" id="q{query["number"]}"><div class="head">'
         f'<div class="bags" lang="zh" aria-label="{escape(query["text"])}">{bags}</div>'
-        f"{_verdict(query)}</div>{truncated if query['truncated'] else ''}"
+        f"{_verdict(query)}</div>{_notes(notes)}"
         f'<div class="sides"><div><div class="bar"><h3>Best pictures</h3></div>'
         f'<div class="tiles">{"".join(tiles)}</div></div>'
         f'<div><div class="bar"><h3>What its bags found in the first of them</h3>'
