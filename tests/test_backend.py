@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -110,6 +111,25 @@ def test_a_users_global_precision_is_neither_used_nor_changed(setting, getter, v
     # in a process of its own: PyTorch forbids mixing the two ways to set it
     code = PRECISION_PROBE.format(setting=setting, getter=getter, value=value)
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+FORKED = """
+import os, torch, bagformer
+text, image = torch.randn(8, 3, 4), torch.randn(8, 5, 4)
+torch.set_num_threads(2)
+bagformer.maxsim(text, image)  # starts threads, which a fork does not copy
+child = os.fork()
+if child == 0:
+    torch.set_num_threads(1)
+    bagformer.maxsim(text, image)
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_worker_with_one_thread_does_not_hang():
+    subprocess.run([sys.executable, "-c", FORKED], check=True, timeout=120)
 
 
 def test_the_operators_work_without_triton():

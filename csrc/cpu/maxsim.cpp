@@ -12,10 +12,10 @@ namespace bagformer {
 
 namespace {
 
-// Packed texts of one pass over the images, and of one sweep over an image's panels: the second
-// stays in a second-level cache of 1 MB beside the image.
+// Packed texts of one pass over the images; and packed texts with their running maxima of one sweep
+// over an image's panels, which stay in a second-level cache of 1 MB beside the image.
 constexpr int64_t kGroupBytes = int64_t{32} << 20;
-constexpr int64_t kBlockBytes = int64_t{256} << 10;
+constexpr int64_t kBlockBytes = int64_t{384} << 10;
 constexpr int64_t kItemsPerThread = 4;
 
 const bool* mask_row(const View& mask, int64_t i, int64_t j = 0) {
@@ -124,8 +124,10 @@ class Forward {
     void score_image(const Texts<E>& texts, int64_t begin, int64_t end, int64_t image,
                      Workspace<T, E>& work) {
         pack_panels(texts.first, image, work);
-        const int64_t block = std::clamp<int64_t>(kBlockBytes / text_bytes(), 1, end - begin);
         const int64_t lanes = kernels_.lanes, padded = panels(work) * lanes;
+        const int64_t state = (bags_ * lanes + padded) * static_cast<int64_t>(sizeof(T));
+        const int64_t block =
+            std::clamp<int64_t>(kBlockBytes / (text_bytes() + state), 1, end - begin);
         work.row_best.resize(block * bags_ * lanes);
         work.lane_best.resize(block * padded);
         work.has_nan.resize(block);
