@@ -79,11 +79,11 @@ def random_colours(batch: int) -> Tensor:
 
 
 def render(layers: Tensor, size: int, mean: Tensor, std: Tensor) -> Tensor:
-    """Pixel values ``[B, 3, size, size]`` of layers ``[B, 4, H, W]``: turned, scaled, recoloured."""
+    """Pixel values ``[B, 3, size, size]`` of layers ``[B, 4, H, W]``, moved and recoloured."""
     batch = len(layers)
-    angle = (torch.rand(batch) - 0.5) * 0.35
-    scale = 1 + (torch.rand(batch, 2) - 0.5) * torch.tensor([0.35, 0.15])
-    shift = (torch.rand(batch, 2) - 0.5) * 0.2
+    angle = (torch.rand(batch) - 0.5) * 0.12
+    scale = 1 + (torch.rand(batch, 2) - 0.5) * torch.tensor([0.2, 0.1])
+    shift = (torch.rand(batch, 2) - 0.5) * 0.1
     cos, sin, zoom = angle.cos(), angle.sin(), 1 / scale[:, 0]
     theta = torch.stack(
         [

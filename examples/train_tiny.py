@@ -1,6 +1,6 @@
-"""Train the tiny model that ships with the package, from nothing, on two cores.
+"""Train the tiny model that ships with the package, from nothing, on a CPU.
 
-    python -m bagformer.data.iconpark SET
+    bagformer data iconpark SET
     python examples/train_tiny.py SET OUT --config examples/train_tiny.yaml
 
 Two stages. First the text encoder learns to find, for a text, a free set of vectors of its icon;
@@ -232,8 +232,26 @@ class Trainer:
             if (step + 1) % self.config["every"] == 0 or step + 1 == options["steps"]:
                 features = self.valid_features(average.copy[0], average.copy[1])
                 self.report("pictures", step + 1, total / self.config["every"], average, features)
+                self.save(average)
                 total = 0.0
         learner.load_state_dict(average.copy.state_dict())
+
+    def save(self, average: Average) -> None:
+        """Write the averaged picture encoder with the rest of the model, and the processor.
+
+        Matrices and kernels are float16, which halves the file; the model computes in float32.
+        """
+        tensors = dict(self.model.state_dict())
+        for name, module in zip(
+            ("vision_model", "vision_proj", "twc_loss"), average.copy, strict=True
+        ):
+            tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
+        tensors = {
+            name: tensor.half() if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+            for name, tensor in tensors.items()
+        }
+        self.model.save_pretrained(self.out, state_dict=tensors)
+        self.processor.save_pretrained(self.out)
 
     @torch.no_grad()
     def encode_texts(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
@@ -310,8 +328,6 @@ def main() -> None:
     trainer = Trainer(arguments.set, arguments.out, config)
     trainer.train_words()
     trainer.train_pictures()
-    trainer.model.half().save_pretrained(arguments.out)
-    trainer.processor.save_pretrained(arguments.out)
 
 
 if __name__ == "__main__":

@@ -277,7 +277,7 @@ def test_dangling_items_are_named_or_counted(tmp_path):
 def test_wrong_arguments_are_named(tmp_path):
     path = tmp_path / "x.tsv"
     path.write_bytes(row(1, b"a") + b"\n")
-    with pytest.raises(ValueError, match="on_error: expected one of .* got 'ignore'"):
+    with pytest.raises(ValueError, match=r"on_error: expected one of .* got 'ignore'"):
         MugeImages(path, on_error="ignore")
     with pytest.raises(ValueError, match="max_pixels: expected a positive int, got 0"):
         MugeImages(path, max_pixels=0)

@@ -1,4 +1,4 @@
-"""Files that ship with the package: a tiny model, a sample of pictures and queries, a vocabulary."""
+"""Files that ship with the package: a tiny model, a sample to search, a vocabulary."""
 
 from __future__ import annotations
 

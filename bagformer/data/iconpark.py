@@ -136,7 +136,7 @@ def _unpack(archive: tarfile.TarFile, member: tarfile.TarInfo, folder: Path) -> 
     target = (folder / member.name).resolve()
     source = archive.extractfile(member)
     if source is None or not target.is_relative_to(folder.resolve()):
-        raise ValueError(f"{archive.name}: unexpected member {member.name!r}")
+        raise ValueError(f"{archive.name!r}: unexpected member {member.name!r}")
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(source.read())
 

@@ -152,14 +152,15 @@ class MugeImages(Mapping[Any, Image.Image]):
         return self._find(key) is not None
 
     def _find(self, key: object) -> int | None:
-        kind = int if self._ids.dtype == np.int64 else str
-        if not isinstance(key, kind | np.integer if kind is int else kind) or isinstance(key, bool):
+        kinds = (int, np.integer) if self._ids.dtype == np.int64 else (str,)
+        if isinstance(key, bool) or not isinstance(key, kinds):
             return None
+        wanted: Any = key
         try:
-            place = int(np.searchsorted(self._ranked, key))  # type: ignore[arg-type]
+            place = int(np.searchsorted(self._ranked, wanted))
         except OverflowError:
             return None
-        if place == len(self._ranked) or self._ranked[place] != key:
+        if place == len(self._ranked) or self._ranked[place] != wanted:
             return None
         return int(self._order[place])
 

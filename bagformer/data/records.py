@@ -144,11 +144,12 @@ def write_tsv(
     encode: Callable[[bytes], bytes] = base64.urlsafe_b64encode if urlsafe else base64.b64encode
     count = 0
     with open(path, "wb") as handle:
-        for count, (key, data) in enumerate(pictures, 1):
+        for key, data in pictures:
             name = str(key)
             if not name.strip() or name != name.strip() or any(c in name for c in "\t\r\n"):
                 raise ValueError(f"id: expected text without tabs and line ends, got {name!r}")
             handle.write(name.encode("utf-8") + b"\t" + encode(data) + b"\n")
+            count += 1
     return count
 
 
@@ -156,8 +157,9 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]])
     """Write one JSON object a line, in UTF-8 and without escapes; gives their count."""
     count = 0
     with open(path, "w", encoding="utf-8", newline="\n") as handle:
-        for count, row in enumerate(rows, 1):
+        for row in rows:
             handle.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
+            count += 1
     return count
 
 
