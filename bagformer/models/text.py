@@ -108,10 +108,10 @@ class TextEncoder(PreTrainedModel):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, BertEmbeddings):
-            buffers: Any = module
-            positions = torch.arange(buffers.position_ids.shape[-1])
-            init.copy_(buffers.position_ids, positions.expand((1, -1)))
-            init.zeros_(buffers.token_type_ids)
+            buffers = dict(module.named_buffers(recurse=False))
+            positions = torch.arange(buffers["position_ids"].shape[-1])
+            init.copy_(buffers["position_ids"], positions.expand((1, -1)))
+            init.zeros_(buffers["token_type_ids"])
 
     def forward(
         self,
