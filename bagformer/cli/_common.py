@@ -12,9 +12,10 @@ from typing import Any
 
 from tqdm import tqdm
 
-ASSETS = Path(__file__).resolve().parent.parent / "assets"
-TINY_MODEL = ASSETS / "tiny"
-SAMPLE = ASSETS / "sample"
+from bagformer.assets import sample_path, tiny_model_path, vocabulary_path
+
+TINY_MODEL, SAMPLE, VOCABULARY = tiny_model_path(), sample_path(), vocabulary_path()
+ASSETS = SAMPLE.parent
 
 # A bar that would be over before it could be read is not drawn.
 _BAR_DELAY_S = 1.0

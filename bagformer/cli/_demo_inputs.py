@@ -11,16 +11,24 @@ from typing import Any
 from bagformer.cli._common import SAMPLE, CommandError
 from bagformer.cli._pictures import Gallery
 
+SAMPLE_QUERIES, SAMPLE_IMAGES = SAMPLE / "queries.jsonl", SAMPLE / "imgs.tsv"
+# Queries whose whole text was kept out of training: a harder question, asked apart.
+UNSEEN_QUERIES = SAMPLE / "unseen_queries.jsonl"
+
 
 @dataclass
 class Inputs:
-    """``texts``, the pictures, and per text the keys of its pictures (None: nobody said)."""
+    """``texts``, the pictures, and per text the keys of its pictures (None: nobody said).
+
+    ``unseen`` are further queries over the same pictures, with recall of their own.
+    """
 
     name: str
     texts: list[str]
     gallery: Gallery
     wanted: list[tuple[Any, ...]] | None
     skipped: Counter[str] = field(default_factory=Counter)
+    unseen: Inputs | None = None
 
     def relevant(self) -> list[list[int]] | None:
         """Per text the places of its pictures in ``gallery.keys``, once they have been read."""
@@ -35,18 +43,12 @@ class Inputs:
         return found
 
 
-def _only(folder: Path, pattern: str) -> Path:
-    found = sorted(folder.glob(pattern))
-    if len(found) != 1:
-        raise CommandError(
-            f"{folder}: expected one {pattern}, found {len(found)}: reinstall bagformer", 1
-        )
-    return found[0]
-
-
 def sample_files() -> tuple[Path, Path]:
     """The shipped queries and pictures. Raises CommandError where they are not installed."""
-    return _only(SAMPLE, "*queries.jsonl"), _only(SAMPLE, "*imgs.tsv")
+    for path in (SAMPLE_QUERIES, SAMPLE_IMAGES):
+        if not path.is_file():
+            raise CommandError(f"{path} is missing: reinstall bagformer", 1)
+    return SAMPLE_QUERIES, SAMPLE_IMAGES
 
 
 def _by_name(gallery: Gallery) -> dict[str, Any]:
@@ -83,6 +85,16 @@ def _match(rows: Any, gallery: Gallery, skip: bool, path: Path) -> list[tuple[An
     return wanted
 
 
+def _unseen(gallery: Gallery) -> Inputs | None:
+    if not UNSEEN_QUERIES.is_file():
+        return None
+    from bagformer.data.muge import read_queries
+
+    rows = read_queries(UNSEEN_QUERIES)
+    wanted = _match(rows, gallery, False, UNSEEN_QUERIES)
+    return Inputs(UNSEEN_QUERIES.name, [query.text for query in rows], gallery, wanted)
+
+
 def read_inputs(args: argparse.Namespace) -> Inputs:
     """What the arguments ask for. Raises CommandError and the readers' errors, naming the place."""
     if (args.images is None) != (args.queries is None):
@@ -96,7 +108,8 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         name = " ".join(map(str, sources))
     gallery = Gallery(sources, args.skip_errors)
     if path.suffix != ".jsonl":
-        texts, wanted, skipped = _read_lines(path), None, Counter()
+        texts, wanted = _read_lines(path), None
+        skipped: Counter[str] = Counter()
     else:
         from bagformer.data.muge import read_queries
 
@@ -106,4 +119,5 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         skipped = Counter({f"query: {reason}": n for reason, n in rows.skipped.items()})
     if not texts:
         raise CommandError(f"--queries: {path} holds no query")
-    return Inputs(name, texts, gallery, wanted, skipped)
+    unseen = _unseen(gallery) if args.images is None else None
+    return Inputs(name, texts, gallery, wanted, skipped, unseen)

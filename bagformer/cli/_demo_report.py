@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import bagformer
+from bagformer.cli import _demo_words as words
 from bagformer.cli import _machine
 from bagformer.retrieval.explain import Explanation, explain_pair
-from bagformer.retrieval.heatmap import overlay_choice, overlay_heat, square
+from bagformer.retrieval.heatmap import overlay_choice, overlay_heat, thumbnail
 from bagformer.retrieval.metrics import first_relevant_ranks, invert, recall_at
 from bagformer.retrieval.page import bag_colour, data_uri
 
@@ -16,54 +18,53 @@ FAILURES_SHOWN = 2
 MOST_BAGS_DRAWN = 12
 _TILE, _HEAT = 128, 216
 
-GUIDE = (
-    {
-        "title": "Best pictures.",
-        "text": "Rank and score: the sum over the query's bags of the best patch each one found. A "
-        "green frame marks a right picture; a dashed one its best right picture, if that comes "
-        "later.",
-    },
-    {
-        "title": "One picture for each bag.",
-        "text": "The picture ranked first, coloured by the bag's similarity with each patch. The "
-        "outlined patch won; where the whole picture is outlined, its summary vector did. Below: "
-        "the similarity it won with, and the bag's share of the score.",
-    },
-    {
-        "title": "All bags.",
-        "text": "The way back: each patch in the colour of the bag that it chose. The number is "
-        "the picture's score for the query, the sum over its patches.",
-    },
-)
+
+@dataclass
+class Run:
+    """All that one run of the demo worked out; ``unseen`` is the recall of the harder queries."""
+
+    inputs: Any
+    model: Any
+    processor: Any
+    texts: Any
+    images: Any
+    scores: Any
+    best: Any
+    stages: Any
+    unseen: dict[str, Any] | None
 
 
-def _recall(inputs: Any, scores: Any) -> tuple[dict[str, Any] | None, list[list[int]] | None, Any]:
-    relevant = inputs.relevant()
+@dataclass
+class Truth:
+    """Per query the numbers of its pictures and the rank of the first; per picture its queries."""
+
+    relevant: list[list[int]]
+    queries_of: list[list[int]]
+    ranks: Any
+
+
+def _truth(run: Run) -> Truth | None:
+    relevant = run.inputs.relevant()
     if relevant is None or not any(relevant):
-        return None, None, None
-    ranks = first_relevant_ranks(scores.text_to_image, relevant)
-    texts_of = invert(relevant, len(inputs.gallery))
-    backward = first_relevant_ranks(scores.image_to_text, texts_of)
-    lonely = sum(not texts for texts in texts_of)
-    unanswered = sum(not images for images in relevant)
-    n_texts, n_images = len(relevant), len(texts_of)
-    note = (
-        f"Percentage of {n_texts - unanswered} queries with a right picture among the first k of "
-        f"{n_images}, and of {n_images - lonely} pictures with a right query among the first k of "
-        f"{n_texts}; any right one counts."
-    )
-    if lonely:
-        note += f" {lonely} pictures without a query are ranked too, but are not asked about."
-    if unanswered:
-        note += f" {unanswered} queries without a right picture are left out."
-    recall = {
-        "text_to_image": recall_at(ranks, without_relevant="skip"),
+        return None
+    ranks = first_relevant_ranks(run.scores.text_to_image, relevant)
+    return Truth(relevant, invert(relevant, len(run.inputs.gallery)), ranks)
+
+
+def _recall(run: Run, truth: Truth) -> dict[str, Any]:
+    backward = first_relevant_ranks(run.scores.image_to_text, truth.queries_of)
+    lonely = sum(not texts for texts in truth.queries_of)
+    unanswered = sum(not images for images in truth.relevant)
+    return {
+        "text_to_image": recall_at(truth.ranks, without_relevant="skip"),
         "image_to_text": recall_at(backward, without_relevant="skip"),
+        "unseen": run.unseen,
         "pictures_without_query": lonely,
         "queries_without_picture": unanswered,
-        "note": note,
+        "note": words.recall_note(
+            len(truth.relevant), len(truth.queries_of), unanswered, lonely, run.unseen
+        ),
     }
-    return recall, relevant, ranks
 
 
 def _spread(numbers: Sequence[int], count: int) -> list[int]:
@@ -118,15 +119,6 @@ def _stage_rows(stages: Any, n_texts: int, n_images: int) -> list[dict[str, Any]
     return found
 
 
-def _entry(inputs: Any, wanted: set[int], rank: int, index: int, score: float) -> dict[str, Any]:
-    return {
-        "rank": rank,
-        "picture": inputs.gallery.keys[index],
-        "score": score,
-        "relevant": index in wanted,
-    }
-
-
 def _explained(explanation: Explanation, picture: Any) -> dict[str, Any]:
     place = {match.bag: number for number, match in enumerate(explanation.bags)}
     heats = [match.heat for match in explanation.bags]
@@ -149,6 +141,7 @@ def _explained(explanation: Explanation, picture: Any) -> dict[str, Any]:
             }
             for number, match in enumerate(explanation.bags[:MOST_BAGS_DRAWN])
         ],
+        "counting_bags": len(explanation.bags),
         "patch_bags": [
             [place.get(bag, -1) for bag in row] for row in explanation.patch_bags.tolist()
         ],
@@ -177,72 +170,72 @@ def _draw(explained: dict[str, Any], picture: Any) -> dict[str, Any]:
     return {"heat": heat, "choice": data_uri(overlay_choice(picture, chosen, palette, size=_HEAT))}
 
 
-class _Reporter:
-    """Holds what every shown query needs."""
-
-    def __init__(self, inputs, model, texts, images, scores, best, relevant, ranks):
-        self.inputs, self.model, self.texts, self.images = inputs, model, texts, images
-        self.scores, self.best, self.relevant, self.ranks = scores, best, relevant, ranks
-
-    def query(self, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """Figures and pictures of one query."""
-        wanted = set(self.relevant[number]) if self.relevant is not None else set()
-        pairs = zip(
-            self.best.indices[number].tolist(), self.best.scores[number].tolist(), strict=True
-        )
-        top = [
-            _entry(self.inputs, wanted, rank, index, score)
-            for rank, (index, score) in enumerate(pairs, 1)
-        ]
-        leader = int(self.best.indices[number][0])
-        explained = _explained(self._explain(number, leader), top[0]["picture"])
-        rank = None if self.ranks is None or not wanted else int(self.ranks[number]) + 1
-        late = self._late(number, wanted, rank, len(top))
-        figures = {
-            "number": number,
-            "text": self.inputs.texts[number],
-            "bags": self.texts.bags[number],
-            "truncated": bool(self.texts.truncated[number]),
-            "relevant_pictures": len(wanted) if self.relevant is not None else None,
-            "first_relevant_rank": rank,
-            "first_relevant": late,
-            "top": top,
-            "explanation": explained,
-        }
-        gallery = self.inputs.gallery
-        drawn = _draw(explained, gallery[top[0]["picture"]])
-        drawn["top"] = [data_uri(square(gallery[entry["picture"]], _TILE)) for entry in top]
-        drawn["first_relevant"] = late and data_uri(square(gallery[late["picture"]], _TILE))
-        return figures, drawn
-
-    def _late(self, number: int, wanted: set[int], rank: int | None, n_top: int) -> Any:
-        """The best right picture, where it is not among the top ones."""
-        if rank is None or rank <= n_top:
-            return None
-        row = self.scores.text_to_image[number]
-        index = min(wanted, key=lambda item: (-float(row[item]), item))
-        return _entry(self.inputs, wanted, rank, index, float(row[index]))
-
-    def _explain(self, number: int, image: int) -> Explanation:
-        return explain_pair(
-            self.texts.features[number],
-            self.images.features[image],
-            self.texts.names[number],
-            self.images.patch_grid,
-            text_mask=self.texts.mask[number],
-            mask_mode=self.model.config.mask_mode,
-            reduction=self.model.config.reduction,
-        )
+def _entry(run: Run, truth: Truth | None, number: int, rank: int, index: int) -> dict[str, Any]:
+    """One picture in the ranking of query ``number``; ``about`` is a query that it is right for."""
+    queries = truth.queries_of[index] if truth else []
+    return {
+        "rank": rank,
+        "picture": run.inputs.gallery.keys[index],
+        "score": float(run.scores.text_to_image[number, index]),
+        "relevant": number in queries,
+        "about": run.inputs.texts[queries[0]] if queries else None,
+    }
 
 
-def _facts(inputs: Any, model: Any, processor: Any, images: Any) -> dict[str, Any]:
+def _late(run: Run, truth: Truth | None, number: int, n_top: int) -> dict[str, Any] | None:
+    """The best right picture, where it is not among the top ones."""
+    if truth is None or int(truth.ranks[number]) < n_top:
+        return None
+    row = run.scores.text_to_image[number]
+    index = min(truth.relevant[number], key=lambda item: (-float(row[item]), item))
+    return _entry(run, truth, number, int(truth.ranks[number]) + 1, index)
+
+
+def _explain(run: Run, number: int, image: int) -> Explanation:
+    return explain_pair(
+        run.texts.features[number],
+        run.images.features[image],
+        run.texts.names[number],
+        run.images.patch_grid,
+        text_mask=run.texts.mask[number],
+        mask_mode=run.model.config.mask_mode,
+        reduction=run.model.config.reduction,
+    )
+
+
+def _query(run: Run, truth: Truth | None, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Figures and pictures of one query."""
+    best = run.best.indices[number].tolist()
+    top = [_entry(run, truth, number, rank, index) for rank, index in enumerate(best, 1)]
+    explained = _explained(_explain(run, number, best[0]), top[0]["picture"])
+    answered = truth is not None and bool(truth.relevant[number])
+    late = _late(run, truth, number, len(top)) if answered else None
+    figures = {
+        "number": number,
+        "text": run.inputs.texts[number],
+        "bags": run.texts.bags[number],
+        "truncated": bool(run.texts.truncated[number]),
+        "relevant_pictures": len(truth.relevant[number]) if truth else None,
+        "first_relevant_rank": int(truth.ranks[number]) + 1 if truth and answered else None,
+        "first_relevant": late,
+        "top": top,
+        "explanation": explained,
+    }
+    gallery = run.inputs.gallery
+    drawn = _draw(explained, gallery[top[0]["picture"]])
+    drawn["top"] = [data_uri(thumbnail(gallery[entry["picture"]], _TILE)) for entry in top]
+    drawn["first_relevant"] = late and data_uri(thumbnail(gallery[late["picture"]], _TILE))
+    return figures, drawn
+
+
+def _facts(run: Run) -> dict[str, Any]:
     import torch
 
     from bagformer.ops.backend import explain_backend
 
-    config = model.config
-    rows, columns = images.patch_grid
-    parameters = sum(p.numel() for p in model.parameters())
+    inputs, config, segmenter = run.inputs, run.model.config, run.processor.segmenter
+    rows, columns = run.images.patch_grid
+    parameters = sum(p.numel() for p in run.model.parameters())
     packages = ", ".join(f"{name} {v}" for name, v in _machine.versions().items() if v)
     return {
         "Data": f"{inputs.name}: {len(inputs.texts)} queries, {len(inputs.gallery)} pictures",
@@ -253,11 +246,11 @@ def _facts(inputs: Any, model: Any, processor: Any, images: Any) -> dict[str, An
         "Model folder": "",
         "Rules": (
             f"protocol {config.protocol}, interaction {config.interaction}, "
-            f"{config.fusion} fusion, matcher {processor.segmenter.matcher} with "
-            f"{len(processor.segmenter):,} entities, "
+            f"{config.fusion} fusion, matcher {segmenter.matcher} with "
+            f"{len(segmenter):,} entities, "
             f"masked bags: {config.mask_mode}, {config.reduction} over maxima"
         ),
-        "Scoring": explain_backend("maxsim", images.features),
+        "Scoring": explain_backend("maxsim", run.images.features),
         "Processor": f"{_machine.processor_name()}, {_machine.cores()} cores, "
         f"{torch.get_num_threads()} threads",
         "System": _machine.system(),
@@ -265,48 +258,27 @@ def _facts(inputs: Any, model: Any, processor: Any, images: Any) -> dict[str, An
     }
 
 
-def build_report(
-    inputs: Any,
-    model: Any,
-    processor: Any,
-    texts: Any,
-    images: Any,
-    scores: Any,
-    best: Any,
-    stages: Any,
-    n_shown: int,
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def build_report(run: Run, n_shown: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The report, ready for JSON, and per shown query the data URIs of its pictures."""
-    recall, relevant, ranks = _recall(inputs, scores)
-    chosen, rule = _choose(texts.bags, ranks, n_shown)
-    reporter = _Reporter(inputs, model, texts, images, scores, best, relevant, ranks)
-    shown = [reporter.query(number) for number in chosen]
-    n_texts, n_images = len(inputs.texts), len(inputs.gallery)
-    bag_count = sum(map(len, texts.bags))
+    truth = _truth(run)
+    chosen, rule = _choose(run.texts.bags, truth.ranks if truth else None, n_shown)
+    shown = [_query(run, truth, number) for number in chosen]
+    n_texts, n_images = len(run.inputs.texts), len(run.inputs.gallery)
+    n_bags, reduction = sum(map(len, run.texts.bags)), run.model.config.reduction
     report = {
         "version": bagformer.__version__,
         "about": {
-            "title": f"{n_texts:,} queries find their pictures among {n_images:,}",
-            "lede": (
-                f"Each query is cut into bags of words ({bag_count / n_texts:.2f} a query here). "
-                "Every bag looks for the patch of a picture that it fits best, and every patch for "
-                "its best bag; the sums of these maxima rank pictures for a query and queries for "
-                "a picture."
-            ),
+            **words.title_and_lede(n_texts, n_images, n_bags, reduction),
             "rule": rule,
-            "guide": [dict(part) for part in GUIDE],
+            "guide": words.guide(reduction),
         },
-        "recall": recall,
-        "stages": _stage_rows(stages, n_texts, n_images),
-        "stages_note": (
-            f"After a warm-up with one query and one picture. Loading the model took "
-            f"{1000 * stages['load']:.0f} ms more. Scoring gives the matrices of both directions "
-            "from one pass over all pairs."
-        ),
-        "seconds": {name: round(seconds, 6) for name, seconds in stages.items()},
+        "recall": _recall(run, truth) if truth else None,
+        "stages": _stage_rows(run.stages, n_texts, n_images),
+        "stages_note": words.stages_note(run.stages["load"]),
+        "seconds": {name: round(seconds, 6) for name, seconds in run.stages.items()},
         "queries": [figures for figures, _ in shown],
-        "first_relevant_ranks": None if ranks is None else (ranks + 1).tolist(),
-        "skipped": dict(inputs.gallery.skipped + inputs.skipped),
-        "facts": _facts(inputs, model, processor, images),
+        "first_relevant_ranks": (truth.ranks + 1).tolist() if truth else None,
+        "skipped": dict(run.inputs.gallery.skipped + run.inputs.skipped),
+        "facts": _facts(run),
     }
     return report, [pictures for _, pictures in shown]

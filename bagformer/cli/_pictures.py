@@ -19,7 +19,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
 
 def _natural(path: Path) -> list[Any]:
     """Sort key under which 10.png comes after 9.png."""
-    name, key, digits = str(path), [], ""
+    name, digits = str(path), ""
+    key: list[Any] = []
     for character in name + "\0":
         if character.isascii() and character.isdigit():
             digits += character

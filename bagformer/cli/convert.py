@@ -30,9 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--dictionary", type=Path, metavar="FILE", help="its entities, one a line")
     parser.add_argument("--bert-config", type=Path, metavar="FILE", help="its BERT's config.json")
-    parser.add_argument(
-        "--vision-heads", type=positive, metavar="N", help="attention heads (default: width / 64)"
-    )
+    for side, otherwise in (("vision", "width / 64"), ("text", "as --bert-config, or width / 64")):
+        parser.add_argument(
+            f"--{side}-heads",
+            type=positive,
+            metavar="N",
+            help=f"attention heads of the {side} encoder (default: {otherwise})",
+        )
     parser.add_argument(
         "--image-size", type=positive, metavar="PX", help="picture size (default: the checkpoint's)"
     )
@@ -81,6 +85,7 @@ def run(args: argparse.Namespace) -> int:
         dictionary=args.dictionary,
         bert_config=args.bert_config,
         vision_heads=args.vision_heads,
+        text_heads=args.text_heads,
         image_size=args.image_size,
         force=args.force,
     )

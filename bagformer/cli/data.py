@@ -93,6 +93,20 @@ def check(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def _print(result: dict[str, Any]) -> None:
+    for name, value in result.items():
+        if name == "examples":
+            continue
+        if isinstance(value, dict):
+            print(f"{name}: {sum(value.values())}")
+            for kind, count in value.items():
+                print(f"  {kind}: {count}")
+        else:
+            print(f"{name}: {len(value) if isinstance(value, list) else value}")
+    for example in result.get("examples", ()):
+        print(example)
+
+
 def run(args: argparse.Namespace) -> int:
     if args.action == "iconpark":
         from bagformer.data.iconpark import build
@@ -108,7 +122,5 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print_json(result)
     else:
-        for name, value in result.items():
-            shown = len(value) if isinstance(value, list) and name != "examples" else value
-            print(f"{name}: {shown}")
+        _print(result)
     return 1 if result.get("problems") else 0

@@ -114,6 +114,27 @@ def _score(model: Any, texts: Any, images: Any, k: int, stages: Any) -> tuple[An
     return scores, best
 
 
+def _unseen_recall(inputs: Any, model: Any, processor: Any, images: Any) -> dict[str, Any] | None:
+    """Recall of the sample's harder queries, which are neither shown nor timed."""
+    if inputs.unseen is None:
+        return None
+    from bagformer.ops.maxsim import maxsim
+    from bagformer.retrieval.encode import encode_texts
+    from bagformer.retrieval.metrics import first_relevant_ranks, recall_at
+
+    texts = encode_texts(model, processor, inputs.unseen.texts)
+    scores: Any = maxsim(
+        texts.features,
+        images.features,
+        text_mask=texts.mask,
+        mask_mode=model.config.mask_mode,
+        reduction=model.config.reduction,
+        directions="text_to_image",
+    )
+    ranks = first_relevant_ranks(scores.text_to_image, inputs.unseen.relevant() or [])
+    return {"queries": len(ranks), **recall_at(ranks)}
+
+
 def _check_out(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise CommandError(f"--out: {folder} is a file, a folder is needed")
@@ -143,6 +164,9 @@ def _print_report(report: dict[str, Any], paths: list[Path]) -> None:
         ):
             figures = "  ".join(f"{k} {v:5.1f} %" for k, v in recall[key].items() if k != "mean")
             print(f"  {label:<16} {figures}")
+        if recall["unseen"]:
+            figures = "  ".join(f"{k} {v:5.1f} %" for k, v in recall["unseen"].items() if "@" in k)
+            print(f"  {'unseen texts':<16} {figures}")
         print(f"  ({recall['note']})")
     print("time")
     for stage in report["stages"]:
@@ -163,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
     inputs = read_inputs(args)
     _check_out(args.out)
     set_threads(args.threads)
-    from bagformer.cli._demo_report import build_report
+    from bagformer.cli._demo_report import Run, build_report
     from bagformer.retrieval.encode import Stages
     from bagformer.retrieval.page import render_page
 
@@ -179,9 +203,9 @@ def run(args: argparse.Namespace) -> int:
     _warm_up(inputs, model, processor)
     texts, images = _encode(args, inputs, model, processor, stages)
     scores, best = _score(model, texts, images, min(8, len(inputs.gallery)), stages)
-    report, pictures = build_report(
-        inputs, model, processor, texts, images, scores, best, stages, args.show
-    )
+    unseen = _unseen_recall(inputs, model, processor, images)
+    outcome = Run(inputs, model, processor, texts, images, scores, best, stages, unseen)
+    report, pictures = build_report(outcome, args.show)
     shipped = args.model is None
     report["facts"]["Model folder"] = "shipped with bagformer" if shipped else str(folder)
     report["wall_s"] = round(time.perf_counter() - started, 3)
@@ -192,6 +216,10 @@ def run(args: argparse.Namespace) -> int:
         print_json(report)
     else:
         _print_report(report, paths)
+    truncated = int(texts.truncated.sum())
+    if truncated:
+        limit = processor.max_text_length
+        note(args, f"bagformer demo: {truncated} queries were cut off at {limit} tokens")
     skipped = report["skipped"]
     if skipped:
         note(args, f"bagformer demo: left out {skipped}")

@@ -46,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Bag-wise late interaction between Chinese texts and pictures.",
     )
     parser.add_argument("--version", action="version", version=f"bagformer {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = _Parser(add_help=False)
     common.add_argument(
         "--json", action="store_true", help="print one JSON object and nothing else"
     )

@@ -74,7 +74,7 @@ def score(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
             batch_size=args.batch_size,
             progress=progress.update,
         )
-    scores = maxsim(
+    scores: Any = maxsim(
         encoded.features,
         images.features,
         text_mask=encoded.mask,

@@ -1,7 +1,7 @@
 """Cut texts into bags.
 
     bagformer segment 高领毛衣 女士靴子
-    bagformer segment --dictionary words.txt --vocabulary vocab.txt < titles.txt
+    bagformer segment --dictionary words.txt --matcher original < titles.txt
 
 Each text is cut on its own and printed with a bar between bags; without TEXT the lines of standard
 input are read. An empty bag, which the original's matchers make, is shown as ∅.
@@ -18,6 +18,7 @@ from typing import Any
 
 from bagformer.cli._common import (
     TINY_MODEL,
+    VOCABULARY,
     CommandError,
     load_processor,
     note,
@@ -38,7 +39,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model", type=Path, metavar="DIR", help="use the dictionary and vocabulary of this model"
     )
     parser.add_argument("--dictionary", type=Path, metavar="FILE", help="entities, one a line")
-    parser.add_argument("--vocabulary", type=Path, metavar="FILE", help="vocab.txt of a BERT model")
+    parser.add_argument(
+        "--vocabulary",
+        type=Path,
+        metavar="FILE",
+        help="vocab.txt of a BERT model (default: bert-base-chinese)",
+    )
     parser.add_argument("--matcher", choices=MATCHERS, help="how entities are found")
     parser.add_argument(
         "--max-length",
@@ -54,16 +60,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _processor(args: argparse.Namespace) -> Any:
     if args.dictionary is None and args.vocabulary is None:
         if args.matcher is not None:
-            raise CommandError(
-                "--matcher needs --dictionary and --vocabulary: a model's is already built"
-            )
+            raise CommandError("--matcher needs --dictionary: that of a model is already built")
         return load_processor(args.model or TINY_MODEL)
     if args.model is not None:
-        raise CommandError("give either --model or --dictionary with --vocabulary")
-    if args.dictionary is None or args.vocabulary is None:
-        missing = "--dictionary" if args.dictionary is None else "--vocabulary"
-        raise CommandError(f"{missing} is missing: a dictionary is read with a vocabulary")
-    for path in (args.dictionary, args.vocabulary):
+        raise CommandError("give either --model or --dictionary")
+    if args.dictionary is None:
+        raise CommandError("--dictionary is missing: a vocabulary alone has no entities")
+    vocabulary = args.vocabulary or VOCABULARY
+    for path in (args.dictionary, vocabulary):
         if not path.is_file():
             raise CommandError(f"there is no file {path}")
     from transformers import BertTokenizer
@@ -74,7 +78,7 @@ def _processor(args: argparse.Namespace) -> Any:
     matcher = args.matcher or MATCHERS[0]
     protocol = "corrected" if matcher == MATCHERS[0] else "original"
     config = BagFormerConfig(protocol=protocol, matcher=matcher)
-    tokenizer = BertTokenizer(str(args.vocabulary), do_lower_case=True)
+    tokenizer = BertTokenizer(str(vocabulary), do_lower_case=True)
     working(args, f"reading {args.dictionary}")
     processor = BagFormerProcessor.from_config(config, tokenizer, args.dictionary)
     if not args.quiet and sys.stderr.isatty():
@@ -88,33 +92,36 @@ def _batches(texts: Iterable[str], size: int) -> Iterator[list[str]]:
         yield batch
 
 
-def _cut(
-    processor: Any, texts: Iterable[str], args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    # The original's matchers let the texts of a batch cut each other's bags; alone, none does.
-    invariant = processor.segmenter.matcher == MATCHERS[0]
-    size = _LINES_AT_ONCE if invariant and (args.text or not sys.stdin.isatty()) else 1
-    for batch in _batches(texts, size):
-        inputs = processor(text=batch, max_length=args.max_length, return_truncated=True)
-        named = processor.bag_texts(batch, counted_only=not args.all, max_length=args.max_length)
-        for text, bags, cut in zip(batch, named, inputs["truncated"].tolist(), strict=True):
-            while args.all and bags and bags[-1] == "[PAD]":
-                bags.pop()
-            yield {"text": text, "bags": bags, "truncated": cut}
+def _cut(processor: Any, batch: list[str], args: argparse.Namespace) -> list[dict[str, Any]]:
+    inputs = processor(text=batch, max_length=args.max_length, return_truncated=True)
+    named = processor.bag_texts(batch, counted_only=not args.all, max_length=args.max_length)
+    for bags in named:
+        while args.all and bags and bags[-1] == "[PAD]":
+            bags.pop()
+    return [
+        {"text": text, "bags": bags, "truncated": cut}
+        for text, bags, cut in zip(batch, named, inputs["truncated"].tolist(), strict=True)
+    ]
 
 
 def run(args: argparse.Namespace) -> int:
     texts = texts_from(args.text)
     processor = _processor(args)
     segmenter = processor.segmenter
-    rows = []
+    # The original's matchers let the texts of a batch cut each other's bags; alone, none does.
+    invariant = segmenter.matcher == MATCHERS[0]
+    size = _LINES_AT_ONCE if invariant and (args.text or not sys.stdin.isatty()) else 1
+    rows: list[dict[str, Any]] = []
     truncated = 0
-    for row in _cut(processor, texts, args):
-        truncated += row["truncated"]
+    for batch in _batches(texts, size):
+        found = _cut(processor, batch, args)
+        truncated += sum(row["truncated"] for row in found)
         if args.json:
-            rows.append(row)
+            rows += found
         else:
-            print("|".join(bag or EMPTY_BAG for bag in row["bags"]))
+            for row in found:
+                print("|".join(bag or EMPTY_BAG for bag in row["bags"]))
+            sys.stdout.flush()
     if args.json:
         print_json({"matcher": segmenter.matcher, "entities": len(segmenter), "texts": rows})
     if truncated:

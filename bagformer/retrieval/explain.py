@@ -49,6 +49,27 @@ def shares(similarities: Sequence[float]) -> list[float]:
     return [100.0 * value / total if total else 0.0 for value in similarities]
 
 
+def _check(
+    text: Tensor,
+    image: Tensor,
+    patch_grid: tuple[int, int],
+    counting: list[int],
+    bag_texts: Sequence[str],
+) -> None:
+    rows, columns = patch_grid
+    if text.dim() != 2:
+        raise ValueError(f"text: expected [N, D], got {list(text.shape)}")
+    if image.dim() != 2 or image.shape[0] != 1 + rows * columns:
+        raise ValueError(
+            f"image: expected [1 + {rows} * {columns}, D] for patch_grid={tuple(patch_grid)}, "
+            f"got {list(image.shape)}"
+        )
+    if counting and counting[-1] >= len(bag_texts):
+        raise ValueError(
+            f"bag_texts: bag {counting[-1]} counts, but only {len(bag_texts)} are named"
+        )
+
+
 def explain_pair(
     text: Tensor,
     image: Tensor,
@@ -66,23 +87,13 @@ def explain_pair(
     :func:`bagformer.maxsim_pairs`, to which ``options`` go. Raises ValueError if the shapes do not
     fit the grid or a counting bag has no name.
     """
-    rows, columns = patch_grid
-    if image.dim() != 2 or image.shape[0] != 1 + rows * columns:
-        raise ValueError(
-            f"image: expected [1 + {rows} * {columns}, D] for patch_grid={tuple(patch_grid)}, "
-            f"got {list(image.shape)}"
-        )
-    if text.dim() != 2:
-        raise ValueError(f"text: expected [N, D], got {list(text.shape)}")
     mask = text_mask
     if mask is None:
-        mask = torch.ones(text.shape[0], dtype=torch.bool, device=text.device)
+        mask = torch.ones(text.shape[:1], dtype=torch.bool, device=text.device)
     counting = mask.nonzero().flatten().tolist()
-    if counting and counting[-1] >= len(bag_texts):
-        raise ValueError(
-            f"bag_texts: bag {counting[-1]} counts, but only {len(bag_texts)} are named"
-        )
-    scores = maxsim_pairs(
+    _check(text, image, patch_grid, counting, bag_texts)
+    rows, columns = patch_grid
+    scores: Any = maxsim_pairs(
         text[None],
         image[None],
         text_mask=mask[None],

@@ -53,6 +53,11 @@ def square(picture: Image.Image, size: int) -> Image.Image:
     return picture.convert("RGB").resize((size, size), Image.Resampling.LANCZOS)
 
 
+def thumbnail(picture: Image.Image, size: int) -> Image.Image:
+    """The picture in its own shape, at most ``size`` pixels high and wide."""
+    return ImageOps.contain(picture.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+
+
 def _edges(cells: int, size: int) -> list[int]:
     return [round(place * size / cells) for place in range(cells + 1)]
 

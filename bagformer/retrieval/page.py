@@ -31,6 +31,8 @@ PALETTE: tuple[Colour, ...] = (
 CSS = Path(__file__).resolve().parent.parent / "assets" / "page" / "page.css"
 
 _PNG_LIMIT = 12_000
+# More drawings than this stand below the pictures, not beside them.
+_FEW_DRAWINGS = 6
 _ICON = (
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 16 16'%3E"
     "%3Crect x='1' y='4' width='6' height='8' rx='2' fill='%233b6fd4'/%3E"
@@ -77,7 +79,10 @@ def _recall(report: Mapping[str, Any]) -> str:
     cutoffs = [name for name in recall["text_to_image"] if name != "mean"]
     head = "".join(f"<th>{escape(name)}</th>" for name in cutoffs)
     rows = []
-    for key, label in (("text_to_image", "text → picture"), ("image_to_text", "picture → text")):
+    kinds = [("text_to_image", "text → picture"), ("image_to_text", "picture → text")]
+    if recall["unseen"]:
+        kinds.append(("unseen", "unseen texts"))
+    for key, label in kinds:
         cells = "".join(
             f"<td><b>{recall[key][name]:.1f}</b><i>%</i>{_track(recall[key][name])}</td>"
             for name in cutoffs
@@ -109,10 +114,11 @@ def _stages(report: Mapping[str, Any]) -> str:
 def _tile(entry: Mapping[str, Any], uri: str, extra: str = "") -> str:
     kind = " right" if entry["relevant"] else ""
     name = escape(str(entry["picture"]))
+    about = name if entry["about"] is None else escape(entry["about"])
     return (
         f'<figure class="tile{kind}{extra}"><img alt="picture {name}, rank {entry["rank"]}" '
         f'src="{uri}"><figcaption><b>{entry["rank"]}</b><span>{entry["score"]:.3f}</span>'
-        f'</figcaption><span class="name" title="{name}">{name}</span></figure>'
+        f'</figcaption><span class="name" title="{name}">{about}</span></figure>'
     )
 
 
@@ -145,6 +151,10 @@ def _verdict(query: Mapping[str, Any]) -> str:
     return f'<span class="verdict wrong">first right picture at rank {rank}{count}</span>'
 
 
+def _notes(notes: Sequence[str]) -> str:
+    return f'<p class="soft small">{escape(" ".join(notes))}</p>' if notes else ""
+
+
 def _query(query: Mapping[str, Any], pictures: Mapping[str, Any], scale: str) -> str:
     bags = "".join(_chip(text, bag) for bag, text in enumerate(query["bags"]))
     tiles = [_tile(entry, uri) for entry, uri in zip(query["top"], pictures["top"], strict=True)]
@@ -160,11 +170,15 @@ def _query(query: Mapping[str, Any], pictures: Mapping[str, Any], scale: str) ->
         f"<span>{explained['image_to_text']:.3f}</span></span></figcaption></figure>"
     )
     low, high = explained["scale"]
-    truncated = '<p class="soft small">The end of this query was cut off.</p>'
+    notes = ["The end of this query was cut off."] if query["truncated"] else []
+    if explained["counting_bags"] > len(explained["bags"]):
+        drawn, counting = len(explained["bags"]), explained["counting_bags"]
+        notes.append(f"The first {drawn} of its {counting} bags are drawn.")
+    many = " many" if len(heats) > _FEW_DRAWINGS else ""
     return (
-        f'<article class="card query" id="q{query["number"]}"><div class="head">'
+        f'<article class="card query{many}" id="q{query["number"]}"><div class="head">'
         f'<div class="bags" lang="zh" aria-label="{escape(query["text"])}">{bags}</div>'
-        f"{_verdict(query)}</div>{truncated if query['truncated'] else ''}"
+        f"{_verdict(query)}</div>{_notes(notes)}"
         f'<div class="sides"><div><div class="bar"><h3>Best pictures</h3></div>'
         f'<div class="tiles">{"".join(tiles)}</div></div>'
         f'<div><div class="bar"><h3>What its bags found in the first of them</h3>'

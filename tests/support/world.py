@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image, ImageDraw
@@ -113,3 +114,25 @@ def make_model(folder: Path, **changes: object) -> Path:
 
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
+
+
+def make_place(root: Path) -> SimpleNamespace:
+    """All of it in one folder: the model, the pictures, and the files about them."""
+    queries, images = write_muge(root / "muge")
+    return SimpleNamespace(
+        root=root,
+        model=make_model(root / "model"),
+        pictures=root / "muge" / "png",
+        queries=queries,
+        images=images,
+        vocabulary=write_vocabulary(root),
+        dictionary=write_dictionary(root),
+    )
+
+
+def fails_with_one_line(result: tuple[int, str, str], code: int, verb: str, message: str) -> None:
+    """The verb printed nothing but one line of error that holds ``message``."""
+    got, out, err = result
+    assert (got, out) == (code, "")
+    assert err.startswith(f"bagformer {verb}: error: ") and err.count("\n") == 1
+    assert message in err

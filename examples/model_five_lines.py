@@ -1,0 +1,18 @@
+"""The model: rank pictures for texts. Arguments: picture files."""
+
+import sys
+
+import torch
+from PIL import Image
+
+from bagformer import BagFormerForRetrieval, BagFormerProcessor
+from bagformer.assets import tiny_model_path
+
+pictures = [Image.open(path) for path in sys.argv[1:]]
+folder = tiny_model_path()  # or any folder of save_pretrained, or of `bagformer convert`
+
+model = BagFormerForRetrieval.from_pretrained(folder).eval()
+processor = BagFormerProcessor.from_pretrained(folder)
+with torch.inference_mode():
+    output = model(**processor(text=["高领毛衣", "女士靴子"], images=pictures))
+print(output.text_to_image, output.image_to_text, sep="\n")
