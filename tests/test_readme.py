@@ -1,4 +1,4 @@
-"""The README is the front door: its code runs as printed, its commands exist, its numbers are measured."""
+"""The README is the front door: its code runs as printed, its commands and links exist."""
 
 from __future__ import annotations
 

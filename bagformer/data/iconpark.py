@@ -288,8 +288,8 @@ def build(
 
     ``MR_{train,valid}_imgs.tsv``, ``MR_{train,valid,valid_unseen}_queries.jsonl``, ``entities.txt``
     (one word a line, see :func:`bagformer.data.words.entity_words`) and ``meta.json``. The same
-    bytes each time with one release of resvg-py. The folder appears when all of it is written. ``tarball`` is the
-    npm package where it is already here; else it is downloaded.
+    bytes each time with one release of resvg-py. The folder appears when all of it is written.
+    ``tarball`` is the npm package where it is already here; else it is downloaded.
 
     Raises FileExistsError if ``out`` has files and ``overwrite`` is False; RuntimeError where npm,
     node or resvg-py is missing; ValueError if the tarball is not the known release.
