@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import subprocess
 import sys
@@ -23,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from provenance import provenance
 from torch import Tensor
 
-import bagformer
 from bagformer import explain_backend, maxsim, reference
 
 
@@ -153,12 +152,8 @@ def main() -> int:
         return 0
 
     report = {
-        "schema": 1,
+        **provenance(args.threads),
         "shape": {key: vars(args)[key] for key in ("texts", "images", "bags", "patches", "depth")},
-        "threads": args.threads,
-        "machine": platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "bagformer": bagformer.__version__,
         "backend": explain_backend("maxsim", torch.ones(1)),
         "results": {},
     }

@@ -10,18 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
-import subprocess
 import sys
 import tempfile
 import time
-from importlib.metadata import version
 from pathlib import Path
 from statistics import median
 
 import ahocorasick
 import torch
+from provenance import provenance
 from transformers import BertTokenizer
 
 from bagformer.bags import BagSegmenter
@@ -107,23 +105,6 @@ def build_automaton(entities):
     return automaton
 
 
-def commit() -> dict:
-    def git(*words: str) -> str:
-        root = Path(__file__).parent
-        done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True)
-        return done.stdout.strip()
-
-    return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "-uno"))}
-
-
-def processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    return next((x.split(":")[1].strip() for x in lines if x.startswith("model name")), "")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--dictionary", type=Path, required=True)
@@ -150,13 +131,7 @@ def main() -> None:
         )
         mapped = BagSegmenter.load(path)
         result = {
-            "schema_version": 1,
-            "machine": {"processor": processor(), "threads": 1},
-            "versions": {
-                name: version(name)
-                for name in ("bagformer", "pyahocorasick", "torch", "transformers")
-            },
-            **commit(),
+            **provenance(1, "pyahocorasick", "transformers"),
             "entities": len(entities),
             "texts": args.texts,
             "tokens": TOKENS,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,3 +43,9 @@ def test_command_verbs_exist():
 def test_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", README):
         assert (ROOT / target).exists(), target
+
+
+def test_figures_are_those_of_the_committed_files():
+    render = ROOT / "benchmarks" / "render_readme.py"
+    done = subprocess.run([sys.executable, render, "--check"], capture_output=True, text=True)
+    assert done.returncode == 0, f"run python benchmarks/render_readme.py {done.stderr}"
