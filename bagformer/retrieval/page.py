@@ -81,7 +81,7 @@ def _recall(report: Mapping[str, Any]) -> str:
     rows = []
     kinds = [("text_to_image", "text → picture"), ("image_to_text", "picture → text")]
     if recall["unseen"]:
-        kinds.append(("unseen", "unseen texts"))
+        kinds.append(("unseen", "unseen text → picture"))
     for key, label in kinds:
         cells = "".join(
             f"<td><b>{recall[key][name]:.1f}</b><i>%</i>{_track(recall[key][name])}</td>"
