@@ -50,9 +50,7 @@ def test_matches_the_reference(device, shape, normalize, masked, dtype):
         grad[(offsets[:, 1:] == offsets[:, :-1])] = 0
     truth = _expected(hidden.double(), *options)
     wide = hidden.float()
-    judge(
-        bag_pool_forward(hidden, *options), _expected(wide, *options).to(dtype), truth, 1e-6
-    )
+    judge(bag_pool_forward(hidden, *options), _expected(wide, *options).to(dtype), truth, 1e-6)
     judge(
         bag_pool_backward(grad, hidden, *options), _grad(hidden, *options, grad),
         _grad(hidden.double(), *options, grad.double()), 1e-6,

@@ -43,7 +43,9 @@ def install() -> None:
     builder = interpreter.InterpreterBuilder
     missing = [name for name in REPLACED if not hasattr(builder, name)]
     if missing or not hasattr(interpreter.ReduceOps, "apply_impl"):
-        raise RuntimeError(f"this Triton's interpreter has no {missing}: the patch must be rewritten")
+        raise RuntimeError(
+            f"this Triton's interpreter has no {missing}: the patch must be rewritten"
+        )
     _patch_arithmetic(builder, interpreter)
     _patch_reductions(interpreter)
     _check(interpreter)
