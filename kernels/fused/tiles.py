@@ -71,3 +71,38 @@ def forward_tile(
             return Tile(16, block_n, 0, 0, 32, 4, 1)
         return Tile(32, block_n, head, tail, 0, 4, 1)
     return Tile(64, max(slot, 128), head, tail, 0, 4, 1)
+
+
+class GradientTile(NamedTuple):
+    """One configuration of a backward kernel: patches and bags of a tile, features of a program."""
+
+    block_p: int
+    block_n: int
+    span: int
+    warps: int
+    stages: int
+
+
+LONGEST_PIECE = 64  # bags of one text that lie side by side in a backward tile
+
+
+def text_gradient_tile(
+    device: torch.device, dtype: torch.dtype, width: int, slot: int, n_texts: int
+) -> GradientTile:
+    family = family_of(device)
+    span = max(16, min(triton.next_power_of_2(width), 256))
+    most = max(SMALLEST_BLOCK, slot * triton.next_power_of_2(n_texts))
+    if family == "interpreter":
+        return GradientTile(32, max(slot, min(64, most)), min(span, 64), 4, 1)
+    return GradientTile(64, min(128, most), span, 8, 2)
+
+
+def image_gradient_tile(
+    device: torch.device, dtype: torch.dtype, width: int, slot: int, n_texts: int
+) -> GradientTile:
+    family = family_of(device)
+    span = max(16, min(triton.next_power_of_2(width), 256))
+    most = max(SMALLEST_BLOCK, slot * triton.next_power_of_2(n_texts))
+    if family == "interpreter":
+        return GradientTile(32, max(slot, min(64, most)), min(span, 64), 4, 1)
+    return GradientTile(64, min(64, most), span, 8, 2)
