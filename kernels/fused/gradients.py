@@ -131,16 +131,22 @@ def _launch(
         _launch_image(*common, bounds, slot, classes, grad_image, add)
 
 
-def _flags(grads, text, plans, settings, candidates: bool) -> dict:
+def _flags(grads, text, image, plans, settings) -> dict:
+    n_texts, n_bags, width = text.shape
+    n_images, n_patches = image.shape[-3:-1]
+    widest = n_texts * max(n_images * n_bags, n_patches, n_bags * width, text.stride(0))
+    if image.dim() == 4:
+        widest = max(widest, n_texts * n_images * n_patches)
     return {
         "TEXT_MASK": plans[0] is not NOTHING,
         "IMAGE_MASK": plans[1] is not NOTHING,
         "MEAN": settings[0],
-        "CANDIDATES": candidates,
+        "CANDIDATES": image.dim() == 4,
         "TO_IMAGE": grads[0] is not None,
         "TO_TEXT": grads[1] is not None,
         "SCALED": text.dtype == torch.float16,
         "PRECISION": settings[1],
+        "WIDE": widest >= 1 << 31,
     }
 
 
@@ -158,9 +164,9 @@ def _launch_text(grads, text, image, plans, chosen, settings, order, bounds, slo
         n_texts, n_images, n_bags, n_patches, width, pieces,
         image.stride(0), image.stride(-3), image.stride(-2),
         BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, SLOT=slot, SPAN=tile.span,
-        WHOLE=width % tile.span == 0, ORDERED=order is not None,
-        **_flags(grads, text, plans, settings, candidates),
-        num_warps=tile.warps, num_stages=tile.stages,
+        WHOLE=width % tile.span == 0, CUT=pieces > 1, ORDERED=order is not None,
+        **_flags(grads, text, image, plans, settings),
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
 
 
@@ -181,7 +187,7 @@ def _launch_image(
         n_texts, n_images, n_bags, n_patches, width, pieces, text.stride(0), text.stride(1),
         BLOCK_P=tile.block_p, BLOCK_N=tile.block_n,
         SLOT=tiles.SMALLEST_SLOT if classes else slot, CLASSES=classes, SPAN=tile.span,
-        WHOLE=width % tile.span == 0, ADD=add,
-        **_flags(grads, text, plans, settings, candidates),
-        num_warps=tile.warps, num_stages=tile.stages,
+        WHOLE=width % tile.span == 0, CUT=pieces > 1, ADD=add,
+        **_flags(grads, text, image, plans, settings),
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip

@@ -55,12 +55,12 @@ def resident(text, bags, width, SHAPE: tl.constexpr):
     """What a program keeps of its texts: their features, or where to read them again (STEP > 0)."""
     HEAD: tl.constexpr = SHAPE[0]
     TAIL: tl.constexpr = SHAPE[1]
-    if SHAPE[2] > 0:
-        return text, bags
-    head = load_rows(text, bags, 0, width, HEAD, SHAPE[3])
-    if TAIL > 0:
-        return head, load_rows(text, bags, HEAD, width, TAIL, SHAPE[3])
-    return head, bags
+    head, tail = text, bags
+    if SHAPE[2] == 0:
+        head = load_rows(text, bags, 0, width, HEAD, SHAPE[3])
+        if TAIL > 0:
+            tail = load_rows(text, bags, HEAD, width, TAIL, SHAPE[3])
+    return head, tail
 
 
 @triton.jit

@@ -27,7 +27,6 @@ import triton.language as tl
 
 from bagformer.kernels.maxsim import SIZES
 
-NOBODY = tl.constexpr(-7)  # equals no token and no "none" (-1, or 255 in uint8)
 SWEEP = tl.constexpr(256)
 
 
@@ -54,25 +53,29 @@ def _largest(grad, base, stride, n, COUNT: tl.constexpr):
 @triton.jit
 def _bags_of(
     place, end, plan, order, n_bags, pieces, WIDTH: tl.constexpr, SLOT: tl.constexpr,
-    ORDERED: tl.constexpr, MASKED: tl.constexpr
+    CUT: tl.constexpr, ORDERED: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """For WIDTH columns of SLOT a piece of text: text, bag, whether that bag is there and counts.
 
-    A text of more than SLOT bags lies in ``pieces`` places one after the other.
+    A text of more than SLOT bags lies in ``pieces`` places one after the other. WIDE: texts are
+    numbered in 64 bits, because offsets among scores, indices or features may pass 2**31.
     """
     rows, counts, _ = plan
     col = tl.arange(0, WIDTH)
     place = place + col // SLOT
     live = place < end
     place = tl.minimum(place, end - 1)
-    text = place // pieces
-    position = (place % pieces) * SLOT + col % SLOT
+    text, position = place, col % SLOT
+    if CUT:
+        text = place // pieces
+        position += (place % pieces) * SLOT
     if ORDERED:
         text = tl.load(order + text)
     count = tl.full((WIDTH,), n_bags, tl.int32)
     if MASKED:
         count = tl.load(counts + text)
-    text = text.to(tl.int64)
+    if WIDE:
+        text = text.to(tl.int64)
     keep = live & (position < count)
     bag = tl.maximum(tl.minimum(position, count - 1), 0)
     if MASKED:
@@ -82,12 +85,11 @@ def _bags_of(
 
 @triton.jit
 def _patches_of(position, item, plan, length, n_patches, MASKED: tl.constexpr):
-    """Patch at each position, and the same with NOBODY past the end."""
-    rows, _, _ = plan
-    patch = tl.maximum(tl.minimum(position, length - 1), 0)
+    """Patch at each position, the last one past the end, and whether it is there."""
+    patch = tl.minimum(position, length - 1)
     if MASKED:
-        patch = tl.load(rows + item * n_patches + patch)
-    return patch, tl.where(position < length, patch, NOBODY)
+        patch = tl.load(plan[0] + item * n_patches + patch)
+    return patch, position < length
 
 
 @triton.jit
@@ -102,24 +104,50 @@ def _features(base, rows, keep, width, first, SPAN: tl.constexpr, WHOLE: tl.cons
 
 @triton.jit
 def _bag_side(
-    grads, text_argmax, owner, bag, keep, count, image, pair, length, n_images, n_bags, scale,
+    grads, text_argmax, owner, bag, keep, count, image, pairs, length, n_images, n_bags, scale,
     MEAN: tl.constexpr, TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr
 ):  # fmt: skip
-    """For each bag: gradient of its own choice, the patch that it chose, gradient of being chosen."""
-    grad_t2i, grad_i2t = grads
+    """For each bag: gradient of its own choice, the patch that it chose, gradient of being chosen.
+
+    ``pairs`` is the place of the pair in the image's direction, as a scalar and a vector part.
+    """
     forth = tl.zeros_like(scale + count)
     back, choice = forth, tl.zeros_like(count)
     if TO_IMAGE:
-        place = owner * n_images + image
-        forth = tl.load(grad_t2i + place, mask=keep, other=0.0) * scale
+        forth = tl.load(grads[0] + image + owner * n_images, mask=keep, other=0.0) * scale
         if MEAN:
             forth = forth / tl.maximum(count, 1)
-        choice = tl.load(text_argmax + place * n_bags + bag, mask=keep, other=0).to(tl.int32)
+        choice = tl.load(text_argmax + image * n_bags + (owner * n_images * n_bags + bag))
     if TO_TEXT:
-        back = tl.load(grad_i2t + pair, mask=keep, other=0.0) * scale
+        back = tl.load(grads[1] + pairs[0] + pairs[1], mask=keep, other=0.0) * scale
         if MEAN:
             back = back / tl.maximum(length, 1)
-    return forth, choice, back
+    return forth, choice.to(tl.int32), back
+
+
+@triton.jit
+def _choose(
+    patch, bag, bag_side, image_argmax, pairs, n_patches,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
+    TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr
+):  # fmt: skip
+    """The tile ``chosen`` [BLOCK_P, BLOCK_N] of the module's docstring, both directions merged.
+
+    Rows past the image's end repeat its last patch: their owner stores no such row, and who streams
+    them reads zeros there. Columns of no bag have no gradient.
+    """
+    GROUP: tl.constexpr = BLOCK_N // SLOT
+    forth, choice, back = bag_side
+    chosen = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    if TO_IMAGE:
+        chosen = tl.where(choice[None, :] == patch[:, None], forth[None, :], 0.0)
+    if TO_TEXT:
+        place = pairs[1][None, :] * n_patches + patch[:, None]
+        won = tl.load(image_argmax + pairs[0] * n_patches + place)
+        won = tl.broadcast_to(won.to(tl.int32)[:, :, None], (BLOCK_P, GROUP, SLOT))
+        won = tl.reshape(won, (BLOCK_P, BLOCK_N))
+        chosen += tl.where(won == bag[None, :], back[None, :], 0.0)
+    return chosen
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -127,9 +155,10 @@ def grad_text_kernel(
     image, text_plan, image_plan, order, bounds, grads, text_argmax, image_argmax, grad_text,
     n_texts, n_images, n_bags, n_patches, width, pieces, list_stride, image_stride, patch_stride,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SPAN: tl.constexpr,
-    WHOLE: tl.constexpr, ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr,
+    WHOLE: tl.constexpr, CUT: tl.constexpr, ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr,
     IMAGE_MASK: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr,
-    TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr
+    TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """Gradient of the texts of program axis 0, features of axis 1; see the module's docstring."""
     GROUP: tl.constexpr = BLOCK_N // SLOT
@@ -139,9 +168,9 @@ def grad_text_kernel(
     if first >= end:
         return
     owner, bag, keep, count = _bags_of(
-        first, end, text_plan, order, n_bags, pieces, BLOCK_N, SLOT, ORDERED, TEXT_MASK)  # fmt: skip
+        first, end, text_plan, order, n_bags, pieces, BLOCK_N, SLOT, CUT, ORDERED, TEXT_MASK, WIDE)  # fmt: skip
     group, _, _, _ = _bags_of(
-        first, end, text_plan, order, n_bags, pieces, GROUP, 1, ORDERED, TEXT_MASK)  # fmt: skip
+        first, end, text_plan, order, n_bags, pieces, GROUP, 1, CUT, ORDERED, TEXT_MASK, WIDE)  # fmt: skip
     alone = tl.cast(first // pieces, tl.int64)
     scale, unscale = 1.0, 1.0
     if SCALED:
@@ -149,34 +178,29 @@ def grad_text_kernel(
             grads, group, n_texts, n_images, GROUP, CANDIDATES, TO_IMAGE, TO_TEXT)  # fmt: skip
     total = tl.zeros((BLOCK_N, SPAN), tl.float32)
     for i in range(n_images):
-        item = tl.cast(i, tl.int64)
-        pair, pairs, base = item * n_texts + owner, item * n_texts + group, image
+        item, base = tl.cast(i, tl.int64), image + tl.cast(i, tl.int64) * image_stride
+        pair, pairs = (item * n_texts, owner), (item * n_texts, group)
         if CANDIDATES:
-            pair, pairs, base = owner * n_images + i, group * n_images + i, image + alone * list_stride
-        base += item * image_stride
-        item = alone * n_images + item if CANDIDATES else item
+            base += alone * list_stride
+            pair, pairs = (item, owner * n_images), (item, group * n_images)
+            item += alone * n_images
         length = tl.load(image_plan[1] + item) if IMAGE_MASK else n_patches
-        forth, choice, back = _bag_side(
-            grads, text_argmax, owner, bag, keep, count, i, pair, length, n_images, n_bags, scale,
+        bag_side = _bag_side(
+            grads, text_argmax, owner, bag, keep, count, tl.cast(i, tl.int64), pair, length, n_images, n_bags, scale,
             MEAN, TO_IMAGE, TO_TEXT)  # fmt: skip
         for start in range(0, length, BLOCK_P):
-            patch, named = _patches_of(
+            patch, there = _patches_of(
                 start + tl.arange(0, BLOCK_P), item, image_plan, length, n_patches, IMAGE_MASK)
-            chosen = tl.zeros((BLOCK_N, BLOCK_P), tl.float32)
-            if TO_IMAGE:
-                chosen = tl.where(choice[:, None] == named[None, :], forth[:, None], 0.0)
-            if TO_TEXT:
-                won = tl.load(image_argmax + pairs[:, None] * n_patches + patch[None, :])
-                won = tl.where((named != NOBODY)[None, :], won.to(tl.int32), NOBODY)
-                won = tl.broadcast_to(won[:, None, :], (GROUP, SLOT, BLOCK_P))
-                won = tl.reshape(won, (BLOCK_N, BLOCK_P))
-                chosen += tl.where(won == bag[:, None], back[:, None], 0.0)
+            chosen = _choose(
+                patch, bag, bag_side, image_argmax, pairs, n_patches, BLOCK_P, BLOCK_N, SLOT,
+                TO_IMAGE, TO_TEXT)  # fmt: skip
             rows = _features(
-                base, patch * patch_stride, named != NOBODY, width, tl.program_id(1) * SPAN,
+                base, patch * patch_stride, there, width, tl.program_id(1) * SPAN,
                 SPAN, WHOLE)  # fmt: skip
-            total = tl.dot(chosen.to(rows.dtype), rows, total, input_precision=PRECISION)
+            total = tl.dot(
+                tl.trans(chosen.to(rows.dtype)), rows, total, input_precision=PRECISION)
     col = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
-    out = grad_text + ((owner * n_bags + bag) * width)[:, None] + col[None, :]
+    out = grad_text + ((owner.to(tl.int64) * n_bags + bag) * width)[:, None] + col[None, :]
     tl.store(out, total * unscale, mask=keep[:, None] & (col < width)[None, :])
 
 
@@ -185,9 +209,10 @@ def grad_image_kernel(
     text, text_plan, image_plan, order, bounds, grads, text_argmax, image_argmax, grad_image,
     n_texts, n_images, n_bags, n_patches, width, pieces, text_stride, bag_stride,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, CLASSES: tl.constexpr,
-    SPAN: tl.constexpr, WHOLE: tl.constexpr, TEXT_MASK: tl.constexpr,
+    SPAN: tl.constexpr, WHOLE: tl.constexpr, CUT: tl.constexpr, TEXT_MASK: tl.constexpr,
     IMAGE_MASK: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr, ADD: tl.constexpr,
-    TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr, PRECISION: tl.constexpr
+    TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """Gradient of BLOCK_P patches of program axis 0 (image) and 1 (patches), features of axis 2.
 
@@ -199,7 +224,7 @@ def grad_image_kernel(
     position = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     if tl.program_id(1) * BLOCK_P >= length:
         return
-    patch, named = _patches_of(position, item, image_plan, length, n_patches, IMAGE_MASK)
+    patch, there = _patches_of(position, item, image_plan, length, n_patches, IMAGE_MASK)
     scale, unscale = 1.0, 1.0
     if SCALED:
         scale, unscale = _scale_for_image(
@@ -214,17 +239,18 @@ def grad_image_kernel(
             ends = (alone, alone + pieces)
         total = _stream_texts(
             total, text, text_plan, order, ends, grads, text_argmax, image_argmax, item, patch,
-            named, length, scale, span, sizes, BLOCK_P, BLOCK_N, SLOT, SPAN, WHOLE, False,
-            TEXT_MASK, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT, PRECISION)  # fmt: skip
+            length, scale, span, sizes, BLOCK_P, BLOCK_N, SLOT, SPAN, WHOLE, CUT, False,
+            TEXT_MASK, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT, PRECISION, WIDE)  # fmt: skip
     for rank in tl.static_range(CLASSES):
         ends = (tl.load(bounds + rank * 4), tl.load(bounds + rank * 4 + 1))
         total = _stream_texts(
             total, text, text_plan, order, ends, grads, text_argmax, image_argmax, item, patch,
-            named, length, scale, span, sizes, BLOCK_P, BLOCK_N, SLOT << rank, SPAN, WHOLE, True,
-            TEXT_MASK, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT, PRECISION)  # fmt: skip
+            length, scale, span, sizes, BLOCK_P, BLOCK_N, SLOT << rank, SPAN, WHOLE, CUT,
+            True,
+            TEXT_MASK, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT, PRECISION, WIDE)  # fmt: skip
     col = span + tl.arange(0, SPAN)
     out = grad_image + ((item * n_patches + patch) * width)[:, None] + col[None, :]
-    inside = (named != NOBODY)[:, None] & (col < width)[None, :]
+    inside = there[:, None] & (col < width)[None, :]
     total = total * unscale
     if ADD:
         total += tl.load(out, mask=inside, other=0.0)
@@ -233,12 +259,12 @@ def grad_image_kernel(
 
 @triton.jit
 def _stream_texts(
-    total, text, plan, order, ends, grads, text_argmax, image_argmax, item, patch, named, length,
+    total, text, plan, order, ends, grads, text_argmax, image_argmax, item, patch, length,
     scale, span, sizes,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SPAN: tl.constexpr,
-    WHOLE: tl.constexpr, ORDERED: tl.constexpr, MASKED: tl.constexpr, MEAN: tl.constexpr,
-    CANDIDATES: tl.constexpr, TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr,
-    PRECISION: tl.constexpr
+    WHOLE: tl.constexpr, CUT: tl.constexpr, ORDERED: tl.constexpr, MASKED: tl.constexpr,
+    MEAN: tl.constexpr, CANDIDATES: tl.constexpr, TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """Add what the texts of places ``ends`` owe to one tile of patches."""
     GROUP: tl.constexpr = BLOCK_N // SLOT
@@ -246,23 +272,19 @@ def _stream_texts(
     image = item % n_images if CANDIDATES else item
     for first in range(ends[0], ends[1], GROUP):
         owner, bag, keep, count = _bags_of(
-            first, ends[1], plan, order, n_bags, pieces, BLOCK_N, SLOT, ORDERED, MASKED)
+            first, ends[1], plan, order, n_bags, pieces, BLOCK_N, SLOT, CUT, ORDERED, MASKED, WIDE)
         group, _, _, _ = _bags_of(
-            first, ends[1], plan, order, n_bags, pieces, GROUP, 1, ORDERED, MASKED)  # fmt: skip
-        pair = owner * n_images + image if CANDIDATES else item * n_texts + owner
-        pairs = group * n_images + image if CANDIDATES else item * n_texts + group
-        forth, choice, back = _bag_side(
+            first, ends[1], plan, order, n_bags, pieces, GROUP, 1, CUT, ORDERED, MASKED, WIDE)  # fmt: skip
+        pair, pairs = (item * n_texts, owner), (item * n_texts, group)
+        if CANDIDATES:
+            pair, pairs = (image, owner * n_images), (image, group * n_images)
+        bag_side = _bag_side(
             grads, text_argmax, owner, bag, keep, count, image, pair, length, n_images, n_bags,
             scale, MEAN, TO_IMAGE, TO_TEXT)  # fmt: skip
-        chosen = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-        if TO_IMAGE:
-            chosen = tl.where(choice[None, :] == named[:, None], forth[None, :], 0.0)
-        if TO_TEXT:
-            won = tl.load(image_argmax + pairs[None, :] * n_patches + patch[:, None])
-            won = tl.broadcast_to(won.to(tl.int32)[:, :, None], (BLOCK_P, GROUP, SLOT))
-            won = tl.reshape(won, (BLOCK_P, BLOCK_N))
-            chosen += tl.where(won == bag[None, :], back[None, :], 0.0)
-        rows = owner * text_stride + bag.to(tl.int64) * bag_stride
+        chosen = _choose(
+            patch, bag, bag_side, image_argmax, pairs, n_patches, BLOCK_P, BLOCK_N, SLOT,
+            TO_IMAGE, TO_TEXT)  # fmt: skip
+        rows = owner * text_stride + bag * bag_stride
         rows = _features(text, rows, keep, width, span, SPAN, WHOLE)
         total = tl.dot(chosen.to(rows.dtype), rows, total, input_precision=PRECISION)
     return total
@@ -275,9 +297,10 @@ def _scale_for_texts(
 ):  # fmt: skip
     largest = 0.0
     if TO_IMAGE:
-        largest = _largest(grads[0], group * n_images, 1, n_images, GROUP)
+        largest = _largest(grads[0], group.to(tl.int64) * n_images, 1, n_images, GROUP)
     if TO_TEXT and CANDIDATES:
-        largest = tl.maximum(largest, _largest(grads[1], group * n_images, 1, n_images, GROUP))
+        base = group.to(tl.int64) * n_images
+        largest = tl.maximum(largest, _largest(grads[1], base, 1, n_images, GROUP))
     elif TO_TEXT:
         largest = tl.maximum(largest, _largest(grads[1], group, n_texts, n_images, GROUP))
     return _power_of_two(largest)

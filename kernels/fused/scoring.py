@@ -168,7 +168,9 @@ def _launch(
     n_images, n_patches = image.shape[-3:-1]
     argmax = outputs.text_argmax.numel() + outputs.image_argmax.numel() > 0
     together = 1 if candidates else n_texts
-    tile = tiles.forward_tile(text.device, text.dtype, width, slot, together, argmax)
+    tile = tiles.forward_tile(
+        text.device, text.dtype, width, slot, together, options.precision
+    )
     groups = triton.cdiv(n_texts, tile.block_n // slot)
     run = tiles.images_per_program(text.device, groups, n_images, LARGEST_GRID)
     maxsim_forward_kernel[(groups, triton.cdiv(n_images, run))](
