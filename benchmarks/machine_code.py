@@ -65,7 +65,7 @@ class Code:
 
     def _multiplies(self, loop: tuple[int, int]) -> bool:
         ops = Counter(self._ops(loop))
-        return any(ops[name] for name in MATRIX) or ops["FFMA"] >= 128
+        return any(ops[name] for name in MATRIX) or ops["FFMA"] + ops["FFMA2"] >= 64
 
 
 def _contains(outer: tuple[int, int], inner: tuple[int, int]) -> bool:

@@ -158,12 +158,14 @@ def _launch_text(grads, text, image, plans, chosen, settings, order, bounds, slo
         text.device, text.dtype, width, slot, 1 if candidates else n_texts
     )
     pieces = 1 if order is not None else triton.cdiv(n_bags, slot)
+    strides = image.stride(0), image.stride(-3), image.stride(-2)
+    unit = tiles.common_unit(width, *strides)
     grid = (triton.cdiv(n_texts * pieces, tile.block_n // slot), triton.cdiv(width, tile.span))
     grad_text_kernel[grid](
         image, tuple(plans[0]), tuple(plans[1]), order, bounds, grads, *chosen, out,
-        n_texts, n_images, n_bags, n_patches, width, pieces,
-        image.stride(0), image.stride(-3), image.stride(-2),
-        BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, SLOT=slot, SPAN=tile.span,
+        n_texts, n_images, n_bags, n_patches, width // unit, pieces,
+        *(stride // unit for stride in strides),
+        UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, SLOT=slot, SPAN=tile.span,
         WHOLE=width % tile.span == 0, CUT=pieces > 1, ORDERED=order is not None,
         **_flags(grads, text, image, plans, settings),
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
@@ -180,12 +182,14 @@ def _launch_image(
         text.device, text.dtype, width, slot, 1 if candidates else n_texts
     )
     pieces = 1 if order is not None else triton.cdiv(n_bags, slot)
+    unit = tiles.common_unit(width, text.stride(0), text.stride(1))
     items = out.numel() // (n_patches * width)
     grid = (items, triton.cdiv(n_patches, tile.block_p), triton.cdiv(width, tile.span))
     grad_image_kernel[grid](
         text, tuple(plans[0]), tuple(plans[1]), order, bounds, grads, *chosen, out,
-        n_texts, n_images, n_bags, n_patches, width, pieces, text.stride(0), text.stride(1),
-        BLOCK_P=tile.block_p, BLOCK_N=tile.block_n,
+        n_texts, n_images, n_bags, n_patches, width // unit, pieces,
+        text.stride(0) // unit, text.stride(1) // unit,
+        UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n,
         SLOT=tiles.SMALLEST_SLOT if classes else slot, CLASSES=classes, SPAN=tile.span,
         WHOLE=width % tile.span == 0, CUT=pieces > 1, ADD=add,
         **_flags(grads, text, image, plans, settings),

@@ -251,14 +251,15 @@ def maxsim_forward_kernel(
     text_to_image, image_to_text, text_argmax, image_argmax,
     n_texts, n_images, n_bags, n_patches, width, images_per_program,
     text_stride, bag_stride, list_stride, image_stride, patch_stride,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SHAPE: tl.constexpr,
-    ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
+    SHAPE: tl.constexpr, ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr,
     ZERO: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr,
     WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, ARGMAX: tl.constexpr
 ):  # fmt: skip
     """Scores of the texts of program axis 0 with the images of axis 1; see the module's drawing.
 
     CANDIDATES: the one text of axis 0 has a list of images of its own, ``list_stride`` apart.
+    ``width`` and the strides are in units of UNIT values (``tiles.common_unit``).
     """
     GROUP: tl.constexpr = BLOCK_N // SLOT
     rows, counts, holes = text_plan
@@ -276,17 +277,19 @@ def maxsim_forward_kernel(
     bag = tl.maximum(tl.minimum(bag, col_count - 1), 0)
     if TEXT_MASK:
         bag = tl.load(rows + col_owner * n_bags + bag)
-    features = resident(text, col_owner * text_stride + bag.to(tl.int64) * bag_stride, width, SHAPE)
+    width, patch_stride = width * UNIT, patch_stride * UNIT
+    bags = (col_owner * text_stride + bag.to(tl.int64) * bag_stride) * UNIT
+    features = resident(text, bags, width, SHAPE)
     floor = tl.where(count < n_bags, 0.0, float("-inf"))
     texts = owner, live, count, floor, n_bags, text_plan
     start = tl.program_id(1) * images_per_program
     for i in range(start, tl.minimum(start + images_per_program, n_images)):
         item, pair = tl.cast(i, tl.int64), tl.cast(i, tl.int64) * n_texts + owner
-        base = image + item * image_stride
+        base = image + item * (image_stride * UNIT)
         if CANDIDATES:
             item += tl.cast(first, tl.int64) * n_images
             pair = owner * n_images + i
-            base += tl.cast(first, tl.int64) * list_stride
+            base += tl.cast(first, tl.int64) * (list_stride * UNIT)
         best, pick, total, length = stream_image(
             base, item, patch_stride, image_plan, n_patches, width, texts, features,
             image_argmax + pair * n_patches, BLOCK_P, BLOCK_N, SLOT, SHAPE,

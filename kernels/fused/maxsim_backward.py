@@ -154,13 +154,14 @@ def _choose(
 def grad_text_kernel(
     image, text_plan, image_plan, order, bounds, grads, text_argmax, image_argmax, grad_text,
     n_texts, n_images, n_bags, n_patches, width, pieces, list_stride, image_stride, patch_stride,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SPAN: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SPAN: tl.constexpr,
     WHOLE: tl.constexpr, CUT: tl.constexpr, ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr,
     IMAGE_MASK: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr,
     TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
     """Gradient of the texts of program axis 0, features of axis 1; see the module's docstring."""
+    width, patch_stride = width * UNIT, patch_stride * UNIT
     GROUP: tl.constexpr = BLOCK_N // SLOT
     first, end = tl.program_id(0) * GROUP, n_texts * pieces
     if ORDERED:
@@ -178,10 +179,10 @@ def grad_text_kernel(
             grads, group, n_texts, n_images, GROUP, CANDIDATES, TO_IMAGE, TO_TEXT)  # fmt: skip
     total = tl.zeros((BLOCK_N, SPAN), tl.float32)
     for i in range(n_images):
-        item, base = tl.cast(i, tl.int64), image + tl.cast(i, tl.int64) * image_stride
+        item, base = tl.cast(i, tl.int64), image + tl.cast(i, tl.int64) * (image_stride * UNIT)
         pair, pairs = (item * n_texts, owner), (item * n_texts, group)
         if CANDIDATES:
-            base += alone * list_stride
+            base += alone * (list_stride * UNIT)
             pair, pairs = (item, owner * n_images), (item, group * n_images)
             item += alone * n_images
         length = tl.load(image_plan[1] + item) if IMAGE_MASK else n_patches
@@ -208,7 +209,7 @@ def grad_text_kernel(
 def grad_image_kernel(
     text, text_plan, image_plan, order, bounds, grads, text_argmax, image_argmax, grad_image,
     n_texts, n_images, n_bags, n_patches, width, pieces, text_stride, bag_stride,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, CLASSES: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, CLASSES: tl.constexpr,
     SPAN: tl.constexpr, WHOLE: tl.constexpr, CUT: tl.constexpr, TEXT_MASK: tl.constexpr,
     IMAGE_MASK: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr, ADD: tl.constexpr,
     TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr,
@@ -219,6 +220,7 @@ def grad_image_kernel(
     With CLASSES > 0 the texts come sorted into that many classes of slots, from SLOT on; ADD adds
     to what ``grad_image`` holds.
     """
+    width, text_stride, bag_stride = width * UNIT, text_stride * UNIT, bag_stride * UNIT
     item = tl.program_id(0).to(tl.int64)
     length = tl.load(image_plan[1] + item) if IMAGE_MASK else n_patches
     position = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)

@@ -172,12 +172,14 @@ def _launch(
         text.device, text.dtype, width, slot, together, options.precision
     )
     groups = triton.cdiv(n_texts, tile.block_n // slot)
+    strides = text.stride(0), text.stride(1), image.stride(0), image.stride(-3), image.stride(-2)
+    unit = tiles.common_unit(width, *strides)
     run = tiles.images_per_program(text.device, groups, n_images, LARGEST_GRID)
     maxsim_forward_kernel[(groups, triton.cdiv(n_images, run))](
         text, image, tuple(plans[0]), tuple(plans[1]), order, bounds, *outputs,
-        n_texts, n_images, n_bags, n_patches, width, run,
-        text.stride(0), text.stride(1), image.stride(0), image.stride(-3), image.stride(-2),
-        BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, SLOT=slot,
+        n_texts, n_images, n_bags, n_patches, width // unit, run,
+        *(stride // unit for stride in strides),
+        UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, SLOT=slot,
         SHAPE=(tile.head, tile.tail, tile.step, tile.covers(width), options.precision),
         ORDERED=order is not None, TEXT_MASK=plans[0] is not NOTHING,
         IMAGE_MASK=plans[1] is not NOTHING, ZERO=options.zero, MEAN=options.mean,

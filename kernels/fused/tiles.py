@@ -43,48 +43,46 @@ class GradientTile(NamedTuple):
     registers: int | None = None
 
 
-# family -> (widest features, (block_p, block_n, step, warps, stages)); step 0 keeps texts on chip
+# family -> (widest features, longest slot, (block_p, block_n, step, warps, stages)); step 0 keeps the
+# texts on chip
 FORWARD = {
     "sm_80": (
         # 64 columns: with 128, four warps of mma.sync need more than 255 registers for indices
-        (256, (64, 64, 0, 4, 2)),
+        (256, 32, (64, 64, 0, 4, 2)),
         # one stage: 80 KB, so that two programs fit
-        (384, (64, 64, 0, 4, 1)),
-        (None, (64, 128, 64, 8, 3)),
+        (384, 64, (64, 64, 0, 4, 1)),
+        (None, None, (64, 128, 64, 8, 3)),
     ),
     "sm_90": (
         # 64 KB: three programs at 166 registers
-        (128, (64, 128, 0, 4, 2)),
+        (128, 128, (64, 128, 0, 4, 2)),
         # 96 KB: two programs; a second stage would cost the second program
-        (256, (64, 128, 0, 4, 1)),
+        (256, 128, (64, 128, 0, 4, 1)),
         # half the columns keep two programs where 128 would leave one
-        (384, (64, 64, 0, 4, 1)),
-        # one program whatever the tile: loads must overlap products inside it
-        (512, (64, 64, 0, 4, 2)),
+        (384, 64, (64, 64, 0, 4, 1)),
         # steps read the texts again for each tile: square tiles read least from L2
-        (None, (128, 128, 64, 8, 3)),
+        (None, None, (128, 128, 64, 8, 3)),
     ),
     "sm_100": (
-        (128, (64, 128, 0, 4, 2)),
-        # a second stage spills and leaves one program
-        (256, (64, 128, 0, 4, 1)),
-        # accumulators live in tensor memory: registers allow 128 columns
-        (384, (64, 128, 0, 4, 1)),
-        (None, (128, 128, 64, 8, 3)),
+        # a second stage spills where the width is no power of two
+        (256, 128, (64, 128, 0, 4, 1)),
+        # eight warps: four spill when they keep indices
+        (384, 128, (64, 128, 0, 8, 1)),
+        (None, None, (128, 128, 64, 8, 3)),
     ),
-    # 99 KB a program (sm_86, sm_89, sm_120), one quarter of a data centre GPU's matrix rate
+    # 99 KB a program (sm_86, sm_89, sm_120), a quarter of a data centre GPU's matrix rate
     "small": (
-        (128, (64, 64, 0, 4, 2)),
-        (256, (64, 32, 0, 4, 1)),
-        (None, (64, 64, 64, 4, 2)),
+        (128, 64, (64, 64, 0, 4, 2)),
+        (256, 32, (64, 32, 0, 4, 1)),
+        (None, None, (64, 64, 64, 4, 2)),
     ),
     "interpreter": (
-        (256, (32, 64, 0, 4, 1)),
-        (None, (32, 64, 64, 4, 1)),
+        (256, 64, (32, 64, 0, 4, 1)),
+        (None, None, (32, 64, 64, 4, 1)),
     ),
 }
 # float32 outside the matrix units: 16 fused multiply-adds a thread and step, 4 programs
-FORWARD_IEEE = (32, 64, 16, 4, 2)
+FORWARD_IEEE = (32, 64, 16, 4, 1)
 # TF32 operands are twice as wide: steps, so that any width fits
 FORWARD_TF32 = {"sm_80": (64, 64, 32, 4, 3), "small": (64, 64, 32, 4, 2)}
 FORWARD_TF32_ELSE = (64, 128, 32, 4, 3)
@@ -122,6 +120,15 @@ def slot_of(n_bags: int) -> int:
     return max(SMALLEST_SLOT, triton.next_power_of_2(n_bags))
 
 
+def common_unit(*strides: int) -> int:
+    """8 if it divides every stride, else 1.
+
+    Kernels are given strides in these units, so that the compiler knows rows to be 16-byte aligned
+    also where a width is a multiple of 8 but not of 16, and loads them eight values at a time.
+    """
+    return 8 if all(stride % 8 == 0 for stride in strides) else 1
+
+
 def images_per_program(device: torch.device, groups: int, n_images: int, limit: int) -> int:
     """Enough images to spread the cost of loading the texts, few enough to fill the GPU 16 times."""
     sms = 1
@@ -154,8 +161,8 @@ def forward_tile(
     else:
         row = next(
             row
-            for widest, row in FORWARD[family]
-            if widest is None or (head + tail <= widest and slot <= row[1])
+            for widest, longest, row in FORWARD[family]
+            if widest is None or (head + tail <= widest and slot <= longest)
         )
     block_p, block_n, step, warps, stages = row
     block_n = max(slot, min(block_n, max(SMALLEST_BLOCK, slot * triton.next_power_of_2(n_texts))))
