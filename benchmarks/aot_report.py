@@ -2,8 +2,8 @@
 
 ``python benchmarks/aot_report.py --json`` prints one row for each kernel, configuration and target:
 registers, spilled instructions, shared memory, programs that fit on a multiprocessor, the kind of
-matrix instruction, and a time **predicted** from instruction counts (docs/kernels.md shows the sum).
-Nothing is measured here.
+matrix instruction, and a time **predicted** from instruction counts (docs/kernels.md shows the
+sum). Nothing is measured here.
 
 The launchers run as they do in production, on tensors without storage; only the driver is replaced,
 so what is compiled is exactly what a GPU would be given.
@@ -27,9 +27,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from bagformer.kernels import bag_pool, gradients, normalize, scoring, tiles, topk
 from machine_code import Code, disassemble
-
-from bagformer.kernels import bag_pool, gradients, normalize, scoring, tiles
 
 
 @dataclass(frozen=True)
@@ -146,7 +145,9 @@ def _work(launch: Launch, shape: dict[str, int]) -> Work:
         head, tail, step, *_ = const["SHAPE"]
         depth = -(-shape["width"] // step) * step if step else head + tail
         streamed = (rows + (cols if step else 0)) * depth * size
-        return Work(launch.grid[0] * shape["images"] * tiles_of_image, 2.0 * rows * cols * depth, streamed)
+        return Work(
+            launch.grid[0] * shape["images"] * tiles_of_image, 2.0 * rows * cols * depth, streamed
+        )
     span = const["SPAN"]
     if launch.name == "grad_text_kernel":
         trips = launch.grid[0] * launch.grid[1] * shape["images"] * tiles_of_image
@@ -229,6 +230,12 @@ def _pool(shape: dict[str, int], dtype: torch.dtype) -> None:
     normalize.l2_normalize_backward(hidden, hidden)
 
 
+def _topk(shape: dict[str, int], dtype: torch.dtype) -> None:
+    text = _empty(shape["texts"], shape["bags"], shape["width"], dtype=dtype)
+    image = _empty(shape["images"], shape["patches"], shape["width"], dtype=dtype)
+    topk.maxsim_topk(text, image, 10)
+
+
 def cases(full: bool) -> list[tuple[str, dict[str, int], Callable[[dict[str, int]], None]]]:
     """Name, shape and launch of each case; without ``full``, those that continuous tests compile."""
     batch = {"texts": 1024, "bags": 25, "images": 1024, "patches": 257, "itemsize": 2}
@@ -251,12 +258,13 @@ def cases(full: bool) -> list[tuple[str, dict[str, int], Callable[[dict[str, int
         ("fp32 D=256", full_size, lambda s: _forward(s, fp32, False)),
         ("fp32 D=256", full_size, lambda s: _backward(s, fp32)),
         ("bf16 D=256", shape, lambda s: _pool(s, bf16)),
+        ("k=10", {**shape, "texts": 64}, lambda s: _topk(s, bf16)),
+        ("bf16 D=256, sorted", shape, lambda s: _forward(s, bf16, False, "sorted")),
     ]
     if full:
         one = {**shape, "texts": 1, "images": 1000}
         fp16 = torch.float16
         listed += [
-            ("bf16 D=256, sorted", shape, lambda s: _forward(s, bf16, False, "sorted")),
             ("bf16 D=256, one text", one, lambda s: _forward(s, bf16, False)),
             ("bf16 D=256, 64 bags", {**shape, "bags": 64}, lambda s: _forward(s, bf16, False)),
             ("bf16 D=256, 128 bags", {**shape, "bags": 128}, lambda s: _forward(s, bf16, False)),

@@ -16,11 +16,11 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "QGMMA", "QMMA", "IGMMA", "IMMA", "UTCQMMA")
 # units that take a warp every second clock on each of the four schedulers
 HALF_RATE = {
-    "FMNMX", "FMNMX3", "FSEL", "SEL", "FSETP", "ISETP", "VIMNMX", "VIMNMX3", "IADD3", "LOP3", "PLOP3",
-    "SHF", "LEA", "PRMT", "F2FP", "VIADD", "VIADDMNMX", "IABS", "P2R", "R2P", "FCHK",
-}  # fmt: skip
-INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
-LABEL = re.compile(r"^\s*(\.L_[\w$]+):")
+    "FMNMX", "FMNMX3", "FSEL", "SEL", "FSETP", "ISETP", "VIMNMX", "VIMNMX3", "IADD3", "LOP3",
+    "PLOP3", "SHF", "LEA", "PRMT", "F2FP", "VIADD", "VIADDMNMX", "IABS", "P2R", "R2P", "FCHK", }  #
+    fmt: skip INSTRUCTION =
+    re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);") LABEL =
+    re.compile(r"^\s*(\.L_[\w$]+):")
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,8 @@ class Code:
     def vector_cycles(self, inner_rounds: int = 1) -> float:
         """Clocks of one warp on each scheduler in a round of the hot loop, matrix units apart.
 
-        The hot loop is the smallest that multiplies; where the maxima are taken outside it, the loop
-        around it counts too, with ``inner_rounds`` of the inner one.
+        The hot loop is the smallest that multiplies; where the maxima are taken outside it, the
+        loop around it counts too, with ``inner_rounds`` of the inner one.
         """
         hot = next((loop for loop in self.loops if self._multiplies(loop)), None)
         if hot is None:

@@ -9,9 +9,8 @@ owner of a bag also owns the gradient rows of the bag's tokens.
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from bagformer.kernels.normalize import through_norm
+from torch import Tensor
 
 TILE_ELEMENTS = 2048  # bags are one or two tokens long: small tiles waste fewer masked loads
 
@@ -31,7 +30,7 @@ def _bounds(offsets, text, first, n_bags, n_tokens, BAGS: tl.constexpr):
 def _sum_tokens(base, start, end, token_stride, width, BAGS: tl.constexpr, SPAN: tl.constexpr):
     col = tl.arange(0, SPAN)
     total = tl.zeros((BAGS, SPAN), tl.float32)
-    for step in range(0, tl.maximum(tl.max(end - start, 0), 0)):
+    for step in range(tl.maximum(tl.max(end - start, 0), 0)):
         token = start + step
         inside = (token < end)[:, None] & (col < width)[None, :]
         row = base + token.to(tl.int64)[:, None] * token_stride + col[None, :]
@@ -87,7 +86,7 @@ def bag_pool_backward_kernel(
     low = tl.where(bag == 0, 0, start)
     high = tl.where(bag == n_bags - 1, n_tokens, end)
     high = tl.where(bag < n_bags, high, low)
-    for step in range(0, tl.maximum(tl.max(high - low, 0), 0)):
+    for step in range(tl.maximum(tl.max(high - low, 0), 0)):
         token = low + step
         own = (token >= start) & (token < end)
         row = (text.to(tl.int64) * n_tokens + token)[:, None] * width + col[None, :]
@@ -109,8 +108,8 @@ def bag_pool_forward(
 ) -> Tensor:
     """``hidden [B, T, D]`` summed over ``offsets [B, N + 1]`` int32: ``[B, N, D]``, same dtype.
 
-    ``offsets`` must not fall along a row. ``mask [B, N]`` bool zeroes the bags that are False, after
-    ``normalize`` has divided each bag by its norm (clamped at ``eps``).
+    ``offsets`` must not fall along a row. ``mask [B, N]`` bool zeroes the bags that are False,
+    after ``normalize`` has divided each bag by its norm (clamped at ``eps``).
     """
     batch, n_tokens, width = hidden.shape
     n_bags = offsets.shape[1] - 1
@@ -135,7 +134,7 @@ def bag_pool_backward(
     normalize: bool = False,
     eps: float = 1e-12,
 ) -> Tensor:
-    """Gradient ``[B, T, D]`` with respect to ``hidden`` from ``grad [B, N, D]``; tokens of no bag: 0."""
+    """Gradient ``[B, T, D]`` with respect to ``hidden`` from ``grad [B, N, D]``: 0 outside bags."""
     batch, n_tokens, width = hidden.shape
     n_bags = offsets.shape[1] - 1
     if grad.numel() == 0:

@@ -2,11 +2,10 @@
 
 import torch
 import triton
-from torch import Tensor
-
 from bagformer.kernels import scoring, tiles
 from bagformer.kernels.maxsim_backward import grad_image_kernel, grad_text_kernel
 from bagformer.kernels.plan import NOTHING, Tokens, bucket, compact
+from torch import Tensor
 
 INDEX_BYTES = 256 << 20  # of indices held at a time when they are recomputed
 
@@ -28,9 +27,9 @@ def maxsim_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to ``text`` and ``image``, in their dtype, empty where not wanted.
 
-    ``text_argmax`` and ``image_argmax`` are what ``maxsim_forward`` gave; where one that is needed is
-    None or empty, both are computed again, a few texts at a time. A gradient that is None is zero.
-    Deterministic to the last bit.
+    ``text_argmax`` and ``image_argmax`` are what ``maxsim_forward`` gave; where one that is needed
+    is None or empty, both are computed again, a few texts at a time. A gradient that is None is
+    zero. Deterministic to the last bit.
     """
     grads = tuple(
         None if grad is None else grad.to(torch.float32).contiguous()
@@ -115,7 +114,7 @@ def _launch(
     if (
         plans[0] is not NOTHING
         and image.dim() == 3
-        and tiles.SMALLEST_SLOT < slot
+        and slot > tiles.SMALLEST_SLOT
         and n_bags <= slot
         and pairs >= scoring.SORTED_PAIRS
     ):

@@ -12,13 +12,13 @@ Patches are the rows (M) and bags the columns (N) of every matrix product::
     ...         +----------------------------------------------------------------+
                      once per image: max over run's rows, sum over a slot's columns
 
-- A program **owns** BLOCK_N / SLOT texts and a run of ``images_per_program`` images, hence the scores
-  of all those pairs, alone: nothing is combined between programs, nothing is atomic.
-- It **keeps** its texts' features on chip (or, for wide features, re-reads them in steps of STEP) and
-  **streams** the patches of its images, BLOCK_P rows at a time.
+- A program **owns** BLOCK_N / SLOT texts and a run of ``images_per_program`` images, hence the
+  scores of all those pairs, alone: nothing is combined between programs, nothing is atomic.
+- It **keeps** its texts' features on chip (or, for wide features, re-reads them in steps of STEP)
+  and **streams** the patches of its images, BLOCK_P rows at a time.
 - The maximum over bags is **reduced** inside a tile (within threads, then two shuffles: a slot lies
-  along the accumulator's columns). The maximum over patches is kept elementwise; rows r and r + 8 of
-  a tile, which one thread holds, are folded first. It is reduced across threads once per image.
+  along the accumulator's columns). The maximum over patches is kept elementwise; rows r and r + 8
+  of a tile, which one thread holds, are folded first. It is reduced across threads once per image.
 - Rows and columns past the end repeat the last token that counts. That changes no maximum, so the
   inner loop has no elementwise mask; only the sum over patches asks which rows exist.
 - A maximum is NaN if any value under it is (FMNMX.NAN). In mode "zero" a masked token competes with
@@ -30,7 +30,6 @@ Patches are the rows (M) and bags the columns (N) of every matrix product::
 
 import triton
 import triton.language as tl
-
 from bagformer.kernels.primitives import nan_max, reduce_max
 
 NOWHERE = tl.constexpr(2147483647)
@@ -70,8 +69,8 @@ def similarity(
 ):  # fmt: skip
     """Tile [BLOCK_P, BLOCK_N] of ``patches @ bags.T``, accumulated in float32.
 
-    SHAPE is (HEAD, TAIL, STEP, WHOLE, PRECISION): resident features HEAD + TAIL wide, or, where STEP
-    is not 0, both operands in steps of STEP; WHOLE where that is exactly the width.
+    SHAPE is (HEAD, TAIL, STEP, WHOLE, PRECISION): resident features HEAD + TAIL wide, or, where
+    STEP is not 0, both operands in steps of STEP; WHOLE where that is exactly the width.
     """
     HEAD: tl.constexpr = SHAPE[0]
     TAIL: tl.constexpr = SHAPE[1]
@@ -100,7 +99,7 @@ def claim_texts(
     first, end, order, counts, n_bags,
     WIDTH: tl.constexpr, SLOT: tl.constexpr, ORDERED: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """For WIDTH columns of SLOT a text, from place ``first``: text, whether it is there, its bags."""
+    """For WIDTH columns of SLOT a text, from ``first`` on: text, whether it is there, its bags."""
     place = first + tl.arange(0, WIDTH) // SLOT
     live = place < end
     text = tl.minimum(place, end - 1)
@@ -114,9 +113,10 @@ def claim_texts(
 
 @triton.jit
 def best_bags(
-    tile, count, BLOCK_P: tl.constexpr, GROUP: tl.constexpr, SLOT: tl.constexpr, ARGMAX: tl.constexpr
+    tile, count,
+    BLOCK_P: tl.constexpr, GROUP: tl.constexpr, SLOT: tl.constexpr, ARGMAX: tl.constexpr
 ):  # fmt: skip
-    """Maximum over each slot's bags [BLOCK_P, GROUP], and the column of the slot that reached it."""
+    """Maximum over each slot's bags [BLOCK_P, GROUP], and the slot's column that reached it."""
     cube = tl.reshape(tile, (BLOCK_P, GROUP, SLOT))
     best = reduce_max(cube, 2)
     pick = tl.zeros((BLOCK_P, GROUP), tl.int32)
@@ -175,11 +175,10 @@ def store_bag_choice(
     MASKED: tl.constexpr, ZERO: tl.constexpr
 ):  # fmt: skip
     """Write the bag that each patch of a tile chose, as its number in the text; -1 for no bags."""
-    rows, counts, holes = plan
     if MASKED:
-        real = tl.load(rows + owner[None, :] * n_bags + pick)
+        real = tl.load(plan[0] + owner[None, :] * n_bags + pick)
         if ZERO:
-            hole = tl.load(holes + owner)[None, :]
+            hole = tl.load(plan[2] + owner)[None, :]
             real = with_hole(real, best, hole, hole < n_bags)
         pick = tl.where((count > 0)[None, :], real, -1)
     tl.store(out, pick, mask=keep[:, None] & live[None, :])
@@ -191,11 +190,10 @@ def store_patch_choice(
     MASKED: tl.constexpr, ZERO: tl.constexpr
 ):  # fmt: skip
     """Write the patch that each bag chose, as its number in the image; -1 for no patches."""
-    rows, counts, holes = plan
     if MASKED:
-        real = tl.load(rows + item * n_patches + tl.maximum(pick, 0))
+        real = tl.load(plan[0] + item * n_patches + tl.maximum(pick, 0))
         if ZERO:
-            hole = tl.load(holes + item)
+            hole = tl.load(plan[2] + item)
             real = with_hole(real, best, hole, hole < n_patches)
         pick = tl.where(length > 0, real, -1)
     tl.store(out, pick, mask=keep)
@@ -215,10 +213,9 @@ def stream_image(
     """
     GROUP: tl.constexpr = BLOCK_N // SLOT
     owner, live, count, floor, n_bags, text_plan = texts
-    rows, counts, holes = plan
     length = n_patches
     if IMAGE_MASK:
-        length = tl.load(counts + item)
+        length = tl.load(plan[1] + item)
     run = tl.full((BLOCK_P // 16, 8, BLOCK_N), float("-inf"), tl.float32)
     place = tl.zeros((BLOCK_P // 16, 8, BLOCK_N), tl.int32)
     sums = tl.zeros((BLOCK_P, GROUP), tl.float32)
@@ -227,7 +224,7 @@ def stream_image(
         keep = row < length
         row = tl.minimum(row, length - 1)
         if IMAGE_MASK:
-            row = tl.load(rows + item * n_patches + row)
+            row = tl.load(plan[0] + item * n_patches + row)
         tile = similarity(image, row * patch_stride, features, width, BLOCK_P, BLOCK_N, SHAPE)
         if WANTS_IMAGE:
             best, pick = best_bags(tile, count, BLOCK_P, GROUP, SLOT, ARGMAX)
@@ -262,21 +259,20 @@ def maxsim_forward_kernel(
     ``width`` and the strides are in units of UNIT values (``tiles.common_unit``).
     """
     GROUP: tl.constexpr = BLOCK_N // SLOT
-    rows, counts, holes = text_plan
     first, end = tl.program_id(0) * GROUP, n_texts
     if ORDERED:
         first, end = first + tl.load(bounds), tl.load(bounds + 1)
     if first >= end:
         return
     owner, live, count = claim_texts(
-        first, end, order, counts, n_bags, GROUP, 1, ORDERED, TEXT_MASK)  # fmt: skip
+        first, end, order, text_plan[1], n_bags, GROUP, 1, ORDERED, TEXT_MASK)  # fmt: skip
     col_owner, col_keep, col_count = claim_texts(
-        first, end, order, counts, n_bags, BLOCK_N, SLOT, ORDERED, TEXT_MASK)  # fmt: skip
+        first, end, order, text_plan[1], n_bags, BLOCK_N, SLOT, ORDERED, TEXT_MASK)  # fmt: skip
     bag = tl.arange(0, BLOCK_N) % SLOT
     col_keep = col_keep & (bag < col_count)
     bag = tl.maximum(tl.minimum(bag, col_count - 1), 0)
     if TEXT_MASK:
-        bag = tl.load(rows + col_owner * n_bags + bag)
+        bag = tl.load(text_plan[0] + col_owner * n_bags + bag)
     width, patch_stride = width * UNIT, patch_stride * UNIT
     bags = (col_owner * text_stride + bag.to(tl.int64) * bag_stride) * UNIT
     features = resident(text, bags, width, SHAPE)

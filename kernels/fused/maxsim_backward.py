@@ -15,8 +15,9 @@ and a tile feeds the matrix units as if it were dense: that beats gathering rows
 - ``grad_image_kernel``: a program **owns** BLOCK_P patches of one image by SPAN columns and
   **streams** all texts, BLOCK_N bags at a time.
 - Sums run in fp32 in a fixed order inside one program: no atomics, the same bits every time.
-- ``chosen`` is rounded to the features' dtype before the product. float16 has little range, so there
-  each program scales by a power of two that brings its largest gradient near 2**10, and unscales.
+- ``chosen`` is rounded to the features' dtype before the product. float16 has little range, so
+  there each program scales by a power of two that brings its largest gradient near 2**10, and
+  unscales.
 - A NaN or Inf among the streamed features that count reaches every row that the program owns
   (0 * NaN), also where it was not chosen.
 """
@@ -24,7 +25,6 @@ and a tile feeds the matrix units as if it were dense: that beats gathering rows
 
 import triton
 import triton.language as tl
-
 from bagformer.kernels.maxsim import SIZES
 
 SWEEP = tl.constexpr(256)
@@ -154,8 +154,8 @@ def _choose(
 def grad_text_kernel(
     image, text_plan, image_plan, order, bounds, grads, text_argmax, image_argmax, grad_text,
     n_texts, n_images, n_bags, n_patches, width, pieces, list_stride, image_stride, patch_stride,
-    UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SPAN: tl.constexpr,
-    WHOLE: tl.constexpr, CUT: tl.constexpr, ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
+    SPAN: tl.constexpr, WHOLE: tl.constexpr, CUT: tl.constexpr, ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr,
     IMAGE_MASK: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr,
     TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr
@@ -169,9 +169,11 @@ def grad_text_kernel(
     if first >= end:
         return
     owner, bag, keep, count = _bags_of(
-        first, end, text_plan, order, n_bags, pieces, BLOCK_N, SLOT, CUT, ORDERED, TEXT_MASK, WIDE)  # fmt: skip
+        first, end, text_plan, order, n_bags, pieces, BLOCK_N, SLOT, CUT,
+        ORDERED, TEXT_MASK, WIDE)  # fmt: skip
     group, _, _, _ = _bags_of(
-        first, end, text_plan, order, n_bags, pieces, GROUP, 1, CUT, ORDERED, TEXT_MASK, WIDE)  # fmt: skip
+        first, end, text_plan, order, n_bags, pieces, GROUP, 1, CUT,
+        ORDERED, TEXT_MASK, WIDE)  # fmt: skip
     alone = tl.cast(first // pieces, tl.int64)
     scale, unscale = 1.0, 1.0
     if SCALED:
@@ -187,19 +189,19 @@ def grad_text_kernel(
             item += alone * n_images
         length = tl.load(image_plan[1] + item) if IMAGE_MASK else n_patches
         bag_side = _bag_side(
-            grads, text_argmax, owner, bag, keep, count, tl.cast(i, tl.int64), pair, length, n_images, n_bags, scale,
-            MEAN, TO_IMAGE, TO_TEXT)  # fmt: skip
+            grads, text_argmax, owner, bag, keep, count, tl.cast(i, tl.int64), pair, length,
+            n_images, n_bags, scale, MEAN, TO_IMAGE, TO_TEXT)  # fmt: skip
         for start in range(0, length, BLOCK_P):
             patch, there = _patches_of(
-                start + tl.arange(0, BLOCK_P), item, image_plan, length, n_patches, IMAGE_MASK)
+                start + tl.arange(0, BLOCK_P), item, image_plan, length, n_patches, IMAGE_MASK
+            )
             chosen = _choose(
                 patch, bag, bag_side, image_argmax, pairs, n_patches, BLOCK_P, BLOCK_N, SLOT,
                 TO_IMAGE, TO_TEXT)  # fmt: skip
             rows = _features(
                 base, patch * patch_stride, there, width, tl.program_id(1) * SPAN,
                 SPAN, WHOLE)  # fmt: skip
-            total = tl.dot(
-                tl.trans(chosen.to(rows.dtype)), rows, total, input_precision=PRECISION)
+            total = tl.dot(tl.trans(chosen.to(rows.dtype)), rows, total, input_precision=PRECISION)
     col = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
     out = grad_text + ((owner.to(tl.int64) * n_bags + bag) * width)[:, None] + col[None, :]
     tl.store(out, total * unscale, mask=keep[:, None] & (col < width)[None, :])
@@ -209,8 +211,8 @@ def grad_text_kernel(
 def grad_image_kernel(
     text, text_plan, image_plan, order, bounds, grads, text_argmax, image_argmax, grad_image,
     n_texts, n_images, n_bags, n_patches, width, pieces, text_stride, bag_stride,
-    UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, CLASSES: tl.constexpr,
-    SPAN: tl.constexpr, WHOLE: tl.constexpr, CUT: tl.constexpr, TEXT_MASK: tl.constexpr,
+    UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
+    CLASSES: tl.constexpr, SPAN: tl.constexpr, WHOLE: tl.constexpr, CUT: tl.constexpr, TEXT_MASK: tl.constexpr,
     IMAGE_MASK: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr, ADD: tl.constexpr,
     TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr
@@ -274,9 +276,11 @@ def _stream_texts(
     image = item % n_images if CANDIDATES else item
     for first in range(ends[0], ends[1], GROUP):
         owner, bag, keep, count = _bags_of(
-            first, ends[1], plan, order, n_bags, pieces, BLOCK_N, SLOT, CUT, ORDERED, MASKED, WIDE)
+            first, ends[1], plan, order, n_bags, pieces, BLOCK_N, SLOT, CUT, ORDERED, MASKED, WIDE
+        )
         group, _, _, _ = _bags_of(
-            first, ends[1], plan, order, n_bags, pieces, GROUP, 1, CUT, ORDERED, MASKED, WIDE)  # fmt: skip
+            first, ends[1], plan, order, n_bags, pieces, GROUP, 1, CUT,
+            ORDERED, MASKED, WIDE)  # fmt: skip
         pair, pairs = (item * n_texts, owner), (item * n_texts, group)
         if CANDIDATES:
             pair, pairs = (image, owner * n_images), (image, group * n_images)

@@ -4,11 +4,10 @@ Keeping NaN in mind would cost the scoring kernel two more comparisons for each 
 maximum shows in its pair's score, so this kernel looks over the scores and works only where one is
 NaN: one program owns PAIRS pairs, and leaves after reading their scores if they are sound.
 """
-# ruff: noqa: N803, N806 - Triton's constexpr parameters are written in capitals
+# ruff: noqa: N803 - Triton's constexpr parameters are written in capitals
 
 import triton
 import triton.language as tl
-
 from bagformer.kernels.maxsim import NOWHERE, SIZES, similarity
 
 BLOCK = tl.constexpr(16)
@@ -17,10 +16,9 @@ BLOCK = tl.constexpr(16)
 @triton.jit
 def _real(plan, item, place, count, length, MASKED: tl.constexpr):
     """Token numbers at compacted places, those past the end being the last token's."""
-    rows, counts, holes = plan
     place = tl.maximum(tl.minimum(place, count - 1), 0)
     if MASKED:
-        return tl.load(rows + item * length + place)
+        return tl.load(plan[0] + item * length + place)
     return place
 
 

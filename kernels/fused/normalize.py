@@ -1,7 +1,7 @@
 """L2 normalisation of the last axis, forward and backward.
 
-A program owns a few whole rows: it reads each once, reduces along the row in registers and writes it
-once. Launchers trust their arguments (the ops check them), allocate, and launch on any device.
+A program owns a few whole rows: it reads each once, reduces along the row in registers and writes
+it once. Launchers trust their arguments (the ops check them), allocate, and launch on any device.
 """
 # ruff: noqa: N803 - Triton's constexpr parameters are written in capitals
 

@@ -1,7 +1,7 @@
 """What a scoring kernel must know of masks, worked out on the device without a synchronisation.
 
-``compact`` turns a mask into a list of the tokens that count. Kernels then read only those rows, so a
-masked token is never touched, and repeat the last one to fill a tile: a repeated row changes no
+``compact`` turns a mask into a list of the tokens that count. Kernels then read only those rows, so
+a masked token is never touched, and repeat the last one to fill a tile: a repeated row changes no
 maximum, which is why no inner loop needs an elementwise mask. ``bucket`` sorts texts by the slot of
 columns that they need.
 """
@@ -20,8 +20,9 @@ BUCKET_BLOCK = 1024
 class Tokens(NamedTuple):
     """One side's tokens. ``None`` everywhere: every token counts.
 
-    ``rows [n, L]`` int32: the tokens that count in rising order, the last one repeated (0 if there is
-    none). ``counts [n]`` int32. ``holes [n]`` int32: the first masked token, ``L`` if there is none.
+    ``rows [n, L]`` int32: the tokens that count in rising order, the last one repeated (0 if there
+    is none). ``counts [n]`` int32. ``holes [n]`` int32: the first masked token, ``L`` if there is
+    none.
     """
 
     rows: Tensor | None = None
@@ -89,8 +90,8 @@ def compact(mask: Tensor | None) -> Tokens:
 def bucket(counts: Tensor, classes: int) -> tuple[Tensor, Tensor]:
     """``order [n]`` and ``bounds [classes, 4]``, int32: class ``c`` is ``order[start:end]``.
 
-    ``start, end`` are the first two of ``bounds[c]``; four to a row keep each row 16-byte aligned, so
-    that a kernel that takes a row is compiled once.
+    ``start, end`` are the first two of ``bounds[c]``; four to a row keep each row 16-byte aligned,
+    so that a kernel that takes a row is compiled once.
     """
     order = torch.empty_like(counts)
     bounds = torch.empty(classes, 4, dtype=torch.int32, device=counts.device)

@@ -8,12 +8,11 @@ from typing import NamedTuple
 
 import torch
 import triton
-from torch import Tensor
-
 from bagformer.kernels import tiles
 from bagformer.kernels.maxsim import maxsim_forward_kernel
 from bagformer.kernels.nan_argmax import nan_argmax_kernel
 from bagformer.kernels.plan import NOTHING, Tokens, bucket, compact
+from torch import Tensor
 
 LONGEST_SLOT = 128  # a text of more bags is cut into pieces of this many
 SORTED_PAIRS = 1 << 16  # with fewer pairs, a launch for each slot costs more than emptier tiles
@@ -168,9 +167,7 @@ def _launch(
     n_images, n_patches = image.shape[-3:-1]
     argmax = outputs.text_argmax.numel() + outputs.image_argmax.numel() > 0
     together = 1 if candidates else n_texts
-    tile = tiles.forward_tile(
-        text.device, text.dtype, width, slot, together, options.precision
-    )
+    tile = tiles.forward_tile(text.device, text.dtype, width, slot, together, options.precision)
     groups = triton.cdiv(n_texts, tile.block_n // slot)
     strides = text.stride(0), text.stride(1), image.stride(0), image.stride(-3), image.stride(-2)
     unit = tiles.common_unit(width, *strides)
@@ -192,8 +189,8 @@ def _launch(
 def _forward_in_pieces(text, image, masks, options: Options, outputs: Outputs) -> None:
     """Texts of more bags than a tile holds: each direction alone, its own side cut into pieces.
 
-    A direction's sum runs over its own tokens, so pieces of that side only add up, in a fixed order.
-    The image's direction is the text's with the sides exchanged.
+    A direction's sum runs over its own tokens, so pieces of that side only add up, in a fixed
+    order. The image's direction is the text's with the sides exchanged.
     """
     if outputs.text_to_image.numel():
         _sum_pieces(text, image, masks, options, outputs.text_to_image, outputs.text_argmax)

@@ -43,8 +43,8 @@ class GradientTile(NamedTuple):
     registers: int | None = None
 
 
-# family -> (widest features, longest slot, (block_p, block_n, step, warps, stages)); step 0 keeps the
-# texts on chip
+# family -> (widest features, longest slot, (block_p, block_n, step, warps, stages)); step 0 keeps
+# the texts on chip
 FORWARD = {
     "sm_80": (
         # 64 columns: with 128, four warps of mma.sync need more than 255 registers for indices

@@ -1,7 +1,7 @@
 """Kernel tests: on a GPU as they are, else in Triton's interpreter, in a process of its own.
 
-Triton reads TRITON_INTERPRET when it is imported, and an interpreted kernel cannot be compiled in the
-same process, so without a GPU this folder is collected only where the variable is set:
+Triton reads TRITON_INTERPRET when it is imported, and an interpreted kernel cannot be compiled in
+the same process, so without a GPU this folder is collected only where the variable is set:
 ``tests/test_kernels_interpreter.py`` starts that process.
 """
 

@@ -12,7 +12,13 @@ from support.judging import judge
 from bagformer import reference
 
 # texts, bags, images, patches, width
-SHAPES = [(1, 1, 1, 1, 8), (5, 8, 3, 33, 64), (3, 9, 2, 31, 96), (2, 33, 3, 35, 136), (2, 5, 2, 18, 37)]
+SHAPES = [
+    (1, 1, 1, 1, 8),
+    (5, 8, 3, 33, 64),
+    (3, 9, 2, 31, 96),
+    (2, 33, 3, 35, 136),
+    (2, 5, 2, 18, 37),
+]
 
 
 def make(shape, device, dtype, masked=True, candidates=0, seed=0):

@@ -33,8 +33,8 @@ def install() -> None:
     """Patch the interpreter of this process.
 
     Raises:
-        RuntimeError: ``TRITON_INTERPRET=1`` was not set before triton was imported, or this Triton's
-            interpreter is not the one that the patch was written for.
+        RuntimeError: ``TRITON_INTERPRET=1`` was not set before triton was imported, or this
+        Triton's interpreter is not the one that the patch was written for.
     """
     if os.environ.get("TRITON_INTERPRET") != "1":
         raise RuntimeError("TRITON_INTERPRET=1 must be set before triton is imported")
