@@ -237,7 +237,7 @@ def _topk(shape: dict[str, int], dtype: torch.dtype) -> None:
 
 
 def cases(full: bool) -> list[tuple[str, dict[str, int], Callable[[dict[str, int]], None]]]:
-    """Name, shape and launch of each case; without ``full``, those that continuous tests compile."""
+    """Name, shape and launch of each case; without ``full``, those that the tests compile."""
     batch = {"texts": 1024, "bags": 25, "images": 1024, "patches": 257, "itemsize": 2}
     bf16, fp32 = torch.bfloat16, torch.float32
     listed = []

@@ -17,10 +17,10 @@ MATRIX = ("HGMMA", "HMMA", "UTCHMMA", "QGMMA", "QMMA", "IGMMA", "IMMA", "UTCQMMA
 # units that take a warp every second clock on each of the four schedulers
 HALF_RATE = {
     "FMNMX", "FMNMX3", "FSEL", "SEL", "FSETP", "ISETP", "VIMNMX", "VIMNMX3", "IADD3", "LOP3",
-    "PLOP3", "SHF", "LEA", "PRMT", "F2FP", "VIADD", "VIADDMNMX", "IABS", "P2R", "R2P", "FCHK", }  #
-    fmt: skip INSTRUCTION =
-    re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);") LABEL =
-    re.compile(r"^\s*(\.L_[\w$]+):")
+    "PLOP3", "SHF", "LEA", "PRMT", "F2FP", "VIADD", "VIADDMNMX", "IABS", "P2R", "R2P", "FCHK",
+}  # fmt: skip
+INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)\s*([^;]*);")
+LABEL = re.compile(r"^\s*(\.L_[\w$]+):")
 
 
 @dataclass(frozen=True)

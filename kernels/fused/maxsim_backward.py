@@ -155,7 +155,8 @@ def grad_text_kernel(
     image, text_plan, image_plan, order, bounds, grads, text_argmax, image_argmax, grad_text,
     n_texts, n_images, n_bags, n_patches, width, pieces, list_stride, image_stride, patch_stride,
     UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
-    SPAN: tl.constexpr, WHOLE: tl.constexpr, CUT: tl.constexpr, ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr,
+    SPAN: tl.constexpr, WHOLE: tl.constexpr, CUT: tl.constexpr,
+    ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr,
     IMAGE_MASK: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr,
     TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr
@@ -212,7 +213,8 @@ def grad_image_kernel(
     text, text_plan, image_plan, order, bounds, grads, text_argmax, image_argmax, grad_image,
     n_texts, n_images, n_bags, n_patches, width, pieces, text_stride, bag_stride,
     UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
-    CLASSES: tl.constexpr, SPAN: tl.constexpr, WHOLE: tl.constexpr, CUT: tl.constexpr, TEXT_MASK: tl.constexpr,
+    CLASSES: tl.constexpr, SPAN: tl.constexpr, WHOLE: tl.constexpr,
+    CUT: tl.constexpr, TEXT_MASK: tl.constexpr,
     IMAGE_MASK: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr, ADD: tl.constexpr,
     TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr

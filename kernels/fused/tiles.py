@@ -130,7 +130,7 @@ def common_unit(*strides: int) -> int:
 
 
 def images_per_program(device: torch.device, groups: int, n_images: int, limit: int) -> int:
-    """Enough images to spread the cost of loading the texts, few enough to fill the GPU 16 times."""
+    """Enough images to spread the cost of loading the texts, few enough to fill it 16 times."""
     sms = 1
     if device.type == "cuda":
         sms = torch.cuda.get_device_properties(device).multi_processor_count

@@ -1,4 +1,4 @@
-"""The scoring kernel against the reference: values, indices, masks, shapes one past each tile edge."""
+"""The scoring kernel against the reference: values, indices, masks, shapes past tile edges."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_ties_masks_and_indices_are_exact(device, shape, masked, mode):
     operands = make(shape, device, dtype, masked=masked, whole=True)
     mean = shape[2] == 3
     got = maxsim_forward(*operands, mode, mean=mean, want_argmax=True)
-    options = dict(mask_mode=mode, reduction="mean" if mean else "sum", return_argmax=True)
+    options = {"mask_mode": mode, "reduction": "mean" if mean else "sum", "return_argmax": True}
     assert_same(got, expected(*operands, **options))
 
 
@@ -103,7 +103,7 @@ def test_candidates_and_pairs(device, candidates, masked):
     shape = (4, 9, 0, 37, 96)
     operands = make(shape, device, torch.bfloat16, masked=masked, whole=True, candidates=candidates)
     got = maxsim_forward(*operands, "zero", mean=True, want_argmax=True)
-    options = dict(mask_mode="zero", reduction="mean", return_argmax=True)
+    options = {"mask_mode": "zero", "reduction": "mean", "return_argmax": True}
     assert_same(got, expected(*operands, **options))
 
 
