@@ -170,6 +170,21 @@ def with_hole(pick, best, hole, has_hole):
 
 
 @triton.jit
+def sum_over_bags(
+    best, keep, count, length, n_patches,
+    GROUP: tl.constexpr, SLOT: tl.constexpr, ZERO: tl.constexpr, MEAN: tl.constexpr
+):  # fmt: skip
+    """Each text's sum of its bags' maxima [GROUP]."""
+    if ZERO:
+        best = nan_max(best, tl.where(length < n_patches, 0.0, float("-inf")))
+    best = tl.where(keep & (length > 0), best, 0.0)
+    total = tl.sum(tl.reshape(best, (GROUP, SLOT)), 1)
+    if MEAN:
+        total = total / tl.maximum(count, 1)
+    return total
+
+
+@triton.jit
 def store_bag_choice(
     out, pick, best, plan, owner, live, count, n_bags, keep,
     MASKED: tl.constexpr, ZERO: tl.constexpr
@@ -253,10 +268,9 @@ def maxsim_forward_kernel(
     ZERO: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr,
     WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, ARGMAX: tl.constexpr
 ):  # fmt: skip
-    """Scores of the texts of program axis 0 with the images of axis 1; see the module's drawing.
+    """Scores of the texts of axis 0 with the images of axis 1; ``width`` and strides in UNITs.
 
     CANDIDATES: the one text of axis 0 has a list of images of its own, ``list_stride`` apart.
-    ``width`` and the strides are in units of UNIT values (``tiles.common_unit``).
     """
     GROUP: tl.constexpr = BLOCK_N // SLOT
     first, end = tl.program_id(0) * GROUP, n_texts
@@ -276,8 +290,7 @@ def maxsim_forward_kernel(
     width, patch_stride = width * UNIT, patch_stride * UNIT
     bags = (col_owner * text_stride + bag.to(tl.int64) * bag_stride) * UNIT
     features = resident(text, bags, width, SHAPE)
-    floor = tl.where(count < n_bags, 0.0, float("-inf"))
-    texts = owner, live, count, floor, n_bags, text_plan
+    texts = owner, live, count, tl.where(count < n_bags, 0.0, float("-inf")), n_bags, text_plan
     start = tl.program_id(1) * images_per_program
     for i in range(start, tl.minimum(start + images_per_program, n_images)):
         item, pair = tl.cast(i, tl.int64), tl.cast(i, tl.int64) * n_texts + owner
@@ -301,10 +314,7 @@ def maxsim_forward_kernel(
                 store_patch_choice(
                     out, pick, best, image_plan, item, length, n_patches, col_keep,
                     IMAGE_MASK, ZERO)  # fmt: skip
-            if ZERO and IMAGE_MASK:
-                best = nan_max(best, tl.where(length < n_patches, 0.0, float("-inf")))
-            best = tl.where(col_keep & (length > 0), best, 0.0)
-            total = tl.sum(tl.reshape(best, (GROUP, SLOT)), 1)
-            if MEAN:
-                total = total / tl.maximum(count, 1)
+            total = sum_over_bags(
+                best, col_keep, count, length, n_patches, GROUP, SLOT, ZERO and IMAGE_MASK, MEAN
+            )
             tl.store(text_to_image + owner * n_images + i, total, mask=live)

@@ -166,7 +166,7 @@ def forward_tile(
         )
     block_p, block_n, step, warps, stages = row
     block_n = max(slot, min(block_n, max(SMALLEST_BLOCK, slot * triton.next_power_of_2(n_texts))))
-    if block_n <= FEW_COLUMNS and not step and family != "interpreter":
+    if block_n <= FEW_COLUMNS and not step and head + tail <= 256 and family != "interpreter":
         stages = 3 if family != "small" else 1
     return Tile(block_p, block_n, 0 if step else head, 0 if step else tail, step, warps, stages)
 
