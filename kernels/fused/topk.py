@@ -21,7 +21,7 @@ LONGEST_INDEX = tl.constexpr(0x7FFFFFFF)
 @triton.jit
 def _keys(score, index):
     """NaN ranks above every number, and the two zeros are equal, as in a stable torch.sort."""
-    bits = (score + 0.0).to(tl.int32, bitcast=True)
+    bits = score.to(tl.int32, bitcast=True)
     bits = tl.where(score == 0.0, 0, tl.where(bits < 0, bits ^ LONGEST_INDEX, bits))
     bits = tl.where(score != score, LONGEST_INDEX, bits)
     return (bits.to(tl.int64) << 32) | (index ^ LONGEST_INDEX).to(tl.int64)
