@@ -24,8 +24,11 @@ def maxsim_backward(
     wants_text: bool = True,
     wants_image: bool = True,
     precision: str = "ieee",
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to ``text`` and ``image``, in their dtype, empty where not wanted.
+
+    ``wide``: in float32, whatever the features' dtype.
 
     ``text_argmax`` and ``image_argmax`` are what ``maxsim_forward`` gave; where one that is needed
     is None or empty, both are computed again, a few texts at a time. A gradient that is None is
@@ -35,7 +38,7 @@ def maxsim_backward(
         None if grad is None else grad.to(torch.float32).contiguous()
         for grad in (grad_text_to_image, grad_image_to_text)
     )
-    kept, dtype = (text, image), text.dtype
+    kept, dtype = (text, image), torch.float32 if wide else text.dtype
     if precision == "bf16":
         text, image, precision = text.to(torch.bfloat16), image.to(torch.bfloat16), "ieee"
     text, image = (x if x.stride(-1) == 1 else x.contiguous() for x in (text, image))
