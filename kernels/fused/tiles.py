@@ -87,12 +87,12 @@ FORWARD_IEEE = (32, 64, 16, 4, 1)
 FORWARD_TF32 = {"sm_80": (64, 64, 32, 4, 3), "small": (64, 64, 32, 4, 2)}
 FORWARD_TF32_ELSE = (64, 128, 32, 4, 3)
 
-# The owner's rows times 256 features are the accumulator: 64 registers a thread at 8 warps, and a
-# cap of 128 registers keeps two programs on a multiprocessor.
+# The owner's rows times 256 features are the accumulator: 128 registers a thread at 4 warps, 64
+# at 8 warps with a cap of 128, which keeps two programs on a multiprocessor either way.
 TEXT_GRADIENT = {
     "sm_80": GradientTile(32, 32, 256, 4, 2),  # with 64 rows mma.sync's operands spill
-    "sm_90": GradientTile(32, 64, 256, 8, 2, 128),
-    "sm_100": GradientTile(32, 64, 256, 8, 2, 128),
+    "sm_90": GradientTile(32, 64, 256, 4, 2),  # eight warps under a cap spill with masks
+    "sm_100": GradientTile(32, 64, 256, 4, 2),
     "small": GradientTile(32, 32, 128, 4, 2),
     "interpreter": GradientTile(32, 64, 64, 4, 1),
 }
