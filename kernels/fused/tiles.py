@@ -1,8 +1,9 @@
 """Which tile each kernel uses on which GPU: plain tables, read once a launch, no autotuning.
 
 Rows were chosen from compiled code (``benchmarks/aot_report.py``): no spills in Triton 3.8 (in 3.6
-four to ten spilled instructions on sm_100 with masks or candidates, none elsewhere), and, where the shared memory allows, two programs or more on a multiprocessor, so that one's matrix
-products overlap the other's maxima. None has been timed yet.
+four to ten spilled instructions on sm_100 with masks or candidates, none elsewhere), and, where the
+shared memory allows, two programs or more on a multiprocessor, so that one's matrix products
+overlap the other's maxima. None has been timed yet.
 """
 
 from typing import NamedTuple
