@@ -125,3 +125,13 @@ def test_nested_tensors_bring_their_own_mask():
     strided = torch.nested.nested_tensor([torch.ones(1, 4), torch.ones(2, 4)])
     with pytest.raises(ValueError, match="text must be a contiguous jagged tensor"):
         maxsim(strided, IMAGE)
+
+
+def test_any_byte_but_zero_in_a_mask_counts():
+    odd = torch.tensor([[2, 0, 255], [1, 1, 0]], dtype=torch.uint8).view(torch.bool)
+    gradients = []
+    for keep in (odd, odd.view(torch.uint8) != 0):
+        leaf = TEXT.clone().requires_grad_()
+        maxsim(leaf, IMAGE, text_mask=keep, reduction="mean").text_to_image.sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)
