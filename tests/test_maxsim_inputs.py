@@ -127,6 +127,19 @@ def test_nested_tensors_bring_their_own_mask():
         maxsim(strided, IMAGE)
 
 
+def test_a_view_without_memory_never_reaches_the_kernels():
+    freed = features(2, 3, 4)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="internal view: text has no memory"):
+        maxsim(freed, IMAGE)
+
+
+def test_too_many_tokens_name_their_side():
+    long = torch.zeros(1, 1, 1).expand(1, 2**30 + 1, 1)
+    with pytest.raises(ValueError, match=r"text has more than 2.30 bags"):
+        maxsim(long, torch.ones(1, 1, 1))
+    with pytest.raises(ValueError, match=r"image has more than 2.30 patches"):
+        maxsim(torch.ones(1, 1, 1), long)
 def test_any_byte_but_zero_in_a_mask_counts():
     odd = torch.tensor([[2, 0, 255], [1, 1, 0]], dtype=torch.uint8).view(torch.bool)
     gradients = []
