@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from support.makers import features, mask
+from torch.autograd import forward_ad
 
-from bagformer import maxsim, maxsim_pairs, maxsim_topk, reference
+from bagformer import bag_pool, l2_normalize, maxsim, maxsim_pairs, maxsim_topk, reference
 from bagformer.ops import _native
 
 TEXT, IMAGE = features(2, 3, 4), features(5, 6, 4)
@@ -140,6 +141,24 @@ def test_too_many_tokens_name_their_side():
         maxsim(long, torch.ones(1, 1, 1))
     with pytest.raises(ValueError, match=r"image has more than 2.30 patches"):
         maxsim(torch.ones(1, 1, 1), long)
+
+
+FORWARD_MODE = {
+    "text": lambda x: maxsim(x, IMAGE).text_to_image,
+    "image": lambda x: maxsim(TEXT[..., :4], x).image_to_text,
+    "hidden_states": lambda x: bag_pool(x, torch.tensor([[0, 1, 3], [0, 2, 3]])),
+    "x": l2_normalize,
+}
+
+
+@pytest.mark.parametrize("name", FORWARD_MODE)
+def test_forward_mode_is_refused_rather_than_zero(name):
+    with pytest.raises(RuntimeError, match=f"^{name} carries a forward-mode tangent"):
+        torch.func.jvp(FORWARD_MODE[name], (TEXT,), (torch.ones_like(TEXT),))
+    with forward_ad.dual_level():
+        assert maxsim(TEXT, IMAGE).text_to_image.shape == (2, 5)
+
+
 def test_any_byte_but_zero_in_a_mask_counts():
     odd = torch.tensor([[2, 0, 255], [1, 1, 0]], dtype=torch.uint8).view(torch.bool)
     gradients = []
