@@ -48,6 +48,7 @@ WRONG = [
     ({"directions": "sideways"}, ValueError, "directions must be one of both, .* got 'sideways'"),
     ({"reduction": "max"}, ValueError, "reduction must be one of sum, mean; got 'max'"),
     ({"precision": "fp8"}, ValueError, "precision must be one of fp32, tf32, bf16; got 'fp8'"),
+    ({"return_argmax": "no"}, TypeError, "return_argmax must be a bool, got str"),
     ({"backend": "cuda"}, ValueError, "backend must be one of auto, cpu, .* got 'cuda'"),
 ]
 
