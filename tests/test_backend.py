@@ -139,3 +139,8 @@ def test_the_operators_work_without_triton():
         "assert bagformer.maxsim(torch.ones(1, 2, 3), torch.ones(1, 4, 3))[0].item() == 6\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_explanation_wants_tensors():
+    with pytest.raises(TypeError, match=r"tensors\[1\] must be a torch.Tensor, got list"):
+        explain_backend("maxsim", features(1, 2, 3), [1.0])
