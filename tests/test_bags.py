@@ -250,3 +250,9 @@ def test_pickled_by_value_without_a_file(segmenter):
     again = pickle.loads(pickle.dumps(segmenter))
     assert again.sha256 == segmenter.sha256
     assert torch.equal(again(ROWS).offsets, segmenter(ROWS).offsets)
+
+
+@pytest.mark.parametrize("n_threads", [2.0, "2", True])
+def test_threads_are_an_int(segmenter, n_threads):
+    with pytest.raises(TypeError, match=r"^n_threads must be an int, got"):
+        segmenter(ROWS, n_threads=n_threads)
