@@ -239,8 +239,8 @@ class BagSegmenter:
         """Cut each row into bags.
 
         Args:
-            input_ids: ``[B, T]``, any integer dtype, any strides, or a list of rows of one length.
-                Ids that occur in no entity are bags of one.
+            input_ids: ``[B, T]``, any integer dtype, any strides and byte order, or a list of rows
+                of one length. Ids that occur in no entity are bags of one.
             n_threads: at most so many OpenMP threads (default ``torch.get_num_threads()``); with 1,
                 with few rows or in a forked process, OpenMP is not entered. The result never
                 depends on it.
@@ -314,6 +314,8 @@ class BagSegmenter:
 def _builder(matcher: str, masked_ids: Iterable[int]) -> Any:
     if matcher not in MATCHERS:
         raise ValueError(f"matcher must be one of {', '.join(MATCHERS)}, got {matcher!r}")
+    if not isinstance(masked_ids, Iterable):
+        raise TypeError(f"masked_ids must be an iterable of ints, got {type(masked_ids).__name__}")
     masked = list(masked_ids)
     for token in masked:
         if isinstance(token, bool) or not isinstance(token, int | np.integer):
