@@ -15,7 +15,7 @@ import torch
 from support import bag_files
 from support.bag_cases import offsets_of, random_cases
 
-from bagformer import reference
+from bagformer import _C, reference
 from bagformer.bags import BagSegmenter
 
 ENTITIES = [(1, 2), (1, 2, 3, 4), (3, 4), (2, 3), (5,), (2**25, 1, 2)]
@@ -258,3 +258,8 @@ def test_a_damaged_pickle_is_an_error():
     data[data.index(b"BGFBAGS") + 200] ^= 1
     with pytest.raises(ValueError, match="checksum"):
         pickle.loads(bytes(data))
+
+
+def test_a_buffer_with_gaps_is_refused(image):
+    with pytest.raises(ValueError, match="the buffer must be contiguous"):
+        _C.BagAutomaton(memoryview(image * 2)[::2])

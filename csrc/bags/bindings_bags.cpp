@@ -53,6 +53,9 @@ class Automaton {
     explicit Automaton(const py::buffer& buffer) : buffer_(buffer.request()) {
         const std::span bytes(static_cast<const std::byte*>(buffer_.ptr),
                               size_t(buffer_.size * buffer_.itemsize));
+        if (PyBuffer_IsContiguous(buffer_.view(), 'C') == 0) {
+            throw py::value_error("the buffer must be contiguous");
+        }
         if (reinterpret_cast<uintptr_t>(bytes.data()) % alignof(uint64_t) != 0) {
             throw py::value_error("the buffer must be aligned to 8 bytes");
         }
