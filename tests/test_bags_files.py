@@ -260,6 +260,12 @@ def test_a_damaged_pickle_is_an_error():
         pickle.loads(bytes(data))
 
 
+def test_repeats_and_order_leave_the_bytes_alone():
+    once = BagSegmenter(ENTITIES, masked_ids=[0, 7])
+    again = BagSegmenter([*ENTITIES[::-1], *ENTITIES[3:], *ENTITIES[4:]], masked_ids=[7, 0])
+    assert once.sha256 == again.sha256
+
+
 def test_a_buffer_with_gaps_is_refused(image):
     with pytest.raises(ValueError, match="the buffer must be contiguous"):
         _C.BagAutomaton(memoryview(image * 2)[::2])
