@@ -153,7 +153,7 @@ def _work(launch: Launch, shape: dict[str, int]) -> Work:
         trips = launch.grid[0] * launch.grid[1] * shape["images"] * tiles_of_image
         return Work(trips, 2.0 * rows * cols * span, rows * span * size)
     programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
-    trips = programs * -(-shape["texts"] // (cols // const["SLOT"]))
+    trips = programs * -(-shape["texts"] // (cols // tiles.slot_of(shape["bags"])))
     return Work(trips, 2.0 * rows * cols * span, cols * span * size)
 
 
@@ -208,12 +208,13 @@ def _forward(shape: dict[str, int], dtype: torch.dtype, argmax: bool, form: str 
     )
 
 
-def _backward(shape: dict[str, int], dtype: torch.dtype) -> None:
+def _backward(shape: dict[str, int], dtype: torch.dtype, masked: bool = False) -> None:
     texts, bags, images = shape["texts"], shape["bags"], shape["images"]
     patches, width = shape["patches"], shape["width"]
     gradients.maxsim_backward(
         _empty(texts, images), _empty(images, texts),
         _empty(texts, bags, width, dtype=dtype), _empty(images, patches, width, dtype=dtype),
+        _empty(texts, bags, dtype=torch.bool) if masked else None,
         text_argmax=_empty(texts, images, bags, dtype=scoring.index_dtype(patches)),
         image_argmax=_empty(images, texts, patches, dtype=scoring.index_dtype(bags)),
     )  # fmt: skip
@@ -257,6 +258,7 @@ def cases(full: bool) -> list[tuple[str, dict[str, int], Callable[[dict[str, int
         ("bf16 D=256, candidates", rerank, lambda s: _forward(s, bf16, False, "candidates")),
         ("fp32 D=256", full_size, lambda s: _forward(s, fp32, False)),
         ("fp32 D=256", full_size, lambda s: _backward(s, fp32)),
+        ("bf16 D=256, sorted", shape, lambda s: _backward(s, bf16, masked=True)),
         ("bf16 D=256", shape, lambda s: _pool(s, bf16)),
         ("k=10", {**shape, "texts": 64}, lambda s: _topk(s, bf16)),
         ("bf16 D=256, sorted", shape, lambda s: _forward(s, bf16, False, "sorted")),

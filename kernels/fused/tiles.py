@@ -1,11 +1,14 @@
 """Which tile each kernel uses on which GPU: plain tables, read once a launch, no autotuning.
 
-Rows were chosen from compiled code (``benchmarks/aot_report.py``): no spills in Triton 3.6 and 3.8,
-and, where the shared memory allows, two programs or more on a multiprocessor, so that one's matrix
-products overlap the other's maxima. None has been timed yet.
+Rows were chosen from compiled code (``benchmarks/aot_report.py``): no spills in the configurations
+that it lists with Triton 3.8, and, where the shared memory allows, two programs or more on a
+multiprocessor, so that one's matrix products overlap the other's maxima. Not clean: on sm_90, masks
+on both sides spill in the backward (about 20 instructions) and in the forward with indices in slots
+of 8; Triton 3.6 spills up to 10 instructions on sm_100 with masks or candidates. None has been
+timed.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -87,12 +90,12 @@ FORWARD_IEEE = (32, 64, 16, 4, 1)
 FORWARD_TF32 = {"sm_80": (64, 64, 32, 4, 3), "small": (64, 64, 32, 4, 2)}
 FORWARD_TF32_ELSE = (64, 128, 32, 4, 3)
 
-# The owner's rows times 256 features are the accumulator: 64 registers a thread at 8 warps, and a
-# cap of 128 registers keeps two programs on a multiprocessor.
+# The owner's rows times 256 features are the accumulator: 128 registers a thread at 4 warps, 64
+# at 8 warps with a cap of 128, which keeps two programs on a multiprocessor either way.
 TEXT_GRADIENT = {
     "sm_80": GradientTile(32, 32, 256, 4, 2),  # with 64 rows mma.sync's operands spill
-    "sm_90": GradientTile(32, 64, 256, 8, 2, 128),
-    "sm_100": GradientTile(32, 64, 256, 8, 2, 128),
+    "sm_90": GradientTile(32, 64, 256, 4, 2),  # eight warps under a cap spill with masks
+    "sm_100": GradientTile(32, 64, 256, 4, 2),
     "small": GradientTile(32, 32, 128, 4, 2),
     "interpreter": GradientTile(32, 64, 64, 4, 1),
 }
@@ -143,8 +146,8 @@ def family_of(device: torch.device) -> str:
     if device.type != "cuda":
         return "interpreter"
     major, _ = torch.cuda.get_device_capability(device)
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    if shared < 160 * 1024:
+    properties: Any = torch.cuda.get_device_properties(device)
+    if properties.shared_memory_per_block_optin < 160 * 1024:
         return "small"
     return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
 
@@ -162,7 +165,7 @@ def forward_tile(
         row = next(
             row
             for widest, longest, row in FORWARD[family]
-            if widest is None or (head + tail <= widest and slot <= longest)
+            if widest is None or longest is None or (head + tail <= widest and slot <= longest)
         )
     block_p, block_n, step, warps, stages = row
     block_n = max(slot, min(block_n, max(SMALLEST_BLOCK, slot * triton.next_power_of_2(n_texts))))

@@ -298,6 +298,35 @@ def test_items_of_far_apart_rows_are_copied(device, monkeypatch):
         maxsim(text, features(1, 7, 24).to(device), **TRITON)
 
 
+def test_fake_outputs_and_schemas_are_true(device):
+    (text, image), *pair = sides(device, torch.bfloat16, (3, 9), (4, 18))
+    ops = torch.ops.bagformer
+    text, image = text.requires_grad_(), image.requires_grad_()
+    offsets = torch.tensor([[0, 2, 9]] * 3, device=device)
+    keep = torch.ones(3, 2, dtype=torch.bool, device=device)
+    scored = ("exclude", "both", "sum", True, "fp32", "triton")
+    for op, given in (
+        (ops.maxsim, (text, image, *pair, *scored)),
+        (ops.maxsim_topk, (text, image, *pair, 2, "image_to_text", "zero", "sum", "fp32", "triton")),
+        (ops.l2_normalize, (text, 1e-12, "triton")),
+        (ops.bag_pool, (text, offsets, keep, True, 1e-12, "triton")),
+    ):
+        tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(op.default, given, test_utils=tests)
+
+
+def test_a_compiled_graph_holds_the_operators(device):
+    (text, image), *_ = sides(device, torch.float32, (3, 9), (4, 18), kind="none")
+
+    def step(text, image):
+        return maxsim(l2_normalize(text, **TRITON), image, **TRITON)[:2]
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    (ours, grads), (plain, plain_grads) = (outcome(one, (text, image)) for one in (compiled, step))
+    for one, two in zip([*ours, *grads], [*plain, *plain_grads], strict=True):
+        assert torch.equal(one, two)
+
+
 def test_the_choice_and_its_explanation(device):
     (text, image), *_ = sides(device, torch.float32, (3, 9), (4, 18), kind="none")
     assert choose_backend("maxsim", device, torch.float32, "triton").backend == "triton"
