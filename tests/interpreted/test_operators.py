@@ -307,7 +307,10 @@ def test_fake_outputs_and_schemas_are_true(device):
     scored = ("exclude", "both", "sum", True, "fp32", "triton")
     for op, given in (
         (ops.maxsim, (text, image, *pair, *scored)),
-        (ops.maxsim_topk, (text, image, *pair, 2, "image_to_text", "zero", "sum", "fp32", "triton")),
+        (
+            ops.maxsim_topk,
+            (text, image, *pair, 2, "image_to_text", "zero", "sum", "fp32", "triton"),
+        ),
         (ops.l2_normalize, (text, 1e-12, "triton")),
         (ops.bag_pool, (text, offsets, keep, True, 1e-12, "triton")),
     ):
