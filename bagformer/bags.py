@@ -26,6 +26,7 @@ from torch import Tensor
 from bagformer import _C
 from bagformer.dictionary import DictionaryReport, encode_dictionary, token_ids_of
 from bagformer.reference import MATCHERS
+from bagformer.threads import thread_limit
 from bagformer.token_ids import as_array, entity_chunks
 
 _MAX_ID = 2**31
@@ -132,6 +133,8 @@ class BagSegmenter:
     """
 
     report: DictionaryReport | None = None
+    _file: tuple[Path, int, int, int] | None = None
+    _sha256: str | None = None
 
     def __init__(
         self,
@@ -238,31 +241,33 @@ class BagSegmenter:
         """Cut each row into bags.
 
         Args:
-            input_ids: ``[B, T]``, any integer dtype, any strides, or a list of rows of one length.
-                Ids that occur in no entity are bags of one.
+            input_ids: ``[B, T]``, any integer dtype, any strides and byte order, or a list of rows
+                of one length. Ids that occur in no entity are bags of one.
             n_threads: at most so many OpenMP threads (default ``torch.get_num_threads()``); with 1,
-                or few rows, OpenMP is not entered. The result never depends on it.
+                with few rows or in a forked process, OpenMP is not entered. The result never
+                depends on it.
 
         Returns:
             Bags on the device of ``input_ids``. Without rows or tokens there are no bags (N = 0).
 
         Raises:
-            TypeError: ``input_ids`` are not integers.
+            TypeError: ``input_ids`` are not integers, or ``n_threads`` is no int.
             ValueError: not two axes, rows of different lengths, or an id outside [0, 2**31); the
                 text names the row.
         """
-        threads = torch.get_num_threads() if n_threads is None else n_threads
-        if threads < 1:
-            raise ValueError(f"n_threads must be at least 1, got {n_threads}")
+        if n_threads is not None:
+            if isinstance(n_threads, bool) or not isinstance(n_threads, int | np.integer):
+                raise TypeError(f"n_threads must be an int, got {type(n_threads).__name__}")
+            if n_threads < 1:
+                raise ValueError(f"n_threads must be at least 1, got {n_threads}")
         ids = as_array(input_ids)
-        threads = max(1, min(threads, len(ids) // _ROWS_PER_THREAD))
+        threads = max(1, min(thread_limit(n_threads), len(ids) // _ROWS_PER_THREAD))
         try:
             fields = self._automaton.segment(ids, threads)
         except ValueError as error:
             raise ValueError(f"input_ids: {error}") from None
         bags = Bags(*map(torch.from_numpy, fields))
-        on_cpu = not isinstance(input_ids, Tensor) or input_ids.device.type == "cpu"
-        return bags if on_cpu else bags.to(input_ids.device)
+        return bags.to(input_ids.device) if isinstance(input_ids, Tensor) else bags
 
     @property
     def matcher(self) -> str:
@@ -300,8 +305,6 @@ class BagSegmenter:
     def _adopt(self, image: Any) -> None:
         self._image = image
         self._automaton = _C.BagAutomaton(image)
-        self._file: tuple[Path, int, int, int] | None = None
-        self._sha256: str | None = None
 
     def _remember(self, path: Path) -> None:
         self._file = _identify(path)
@@ -310,6 +313,8 @@ class BagSegmenter:
 def _builder(matcher: str, masked_ids: Iterable[int]) -> Any:
     if matcher not in MATCHERS:
         raise ValueError(f"matcher must be one of {', '.join(MATCHERS)}, got {matcher!r}")
+    if not isinstance(masked_ids, Iterable):
+        raise TypeError(f"masked_ids must be an iterable of ints, got {type(masked_ids).__name__}")
     masked = list(masked_ids)
     for token in masked:
         if isinstance(token, bool) or not isinstance(token, int | np.integer):

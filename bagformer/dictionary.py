@@ -14,6 +14,13 @@ _LINES_AT_ONCE = 1 << 13  # 8,192 lines of a few characters fill a few megabytes
 _LONG = 25  # tokens; the original's texts have no more
 
 
+_SINGLE = {
+    "leftmost_longest": "one token, no effect on bags",
+    "original": "one token, matters at token 0 alone",
+    "backward_max": "one token, a span of its own",
+}
+
+
 @dataclass(frozen=True)
 class DictionaryReport:
     """What a dictionary held, and what became of it. All numbers count lines.
@@ -30,7 +37,7 @@ class DictionaryReport:
     unknown_dropped: int
     duplicates: int  # same token ids as an earlier line
     kept: int
-    single: int  # one token: a bag of one with or without the entry
+    single: int  # one token; under leftmost_longest a bag of one with or without the entry
     long: int  # more than 25 tokens, kept
     longest: int  # tokens of the longest entry
     unreachable: int  # matcher `original` only: it can never find these
@@ -43,7 +50,7 @@ class DictionaryReport:
             ("blank", self.blank, ""),
             ("malformed", self.malformed, "skipped"),
             ("unknown", self.unknown, f"hold an unknown token, {self.unknown_dropped} dropped"),
-            ("single", self.single, "one token, no effect on bags"),
+            ("single", self.single, _SINGLE[self.matcher]),
             ("long", self.long, f"more than {_LONG} tokens"),
         ]
         if self.matcher == "original":

@@ -38,6 +38,7 @@ from bagformer import BagFormerConfig, BagFormerForRetrieval, BagFormerProcessor
 from bagformer.assets import sample_path
 from bagformer.data.muge import MugeImages, Queries, Query, read_queries
 from bagformer.data.sample import IMAGES, QUERIES, UNSEEN_QUERIES
+from bagformer.retrieval.metrics import first_relevant_ranks, recall_at
 
 
 class Texts:
@@ -328,12 +329,9 @@ class Trainer:
             text, features, text_mask=mask, directions="text_to_image", reduction="mean"
         ).text_to_image
         place = {item: column for column, item in enumerate(items)}
-        ranks = [
-            int((row > row[[place[item] for item in query.item_ids]].max()).sum())
-            for row, query in zip(scores, queries, strict=True)
-        ]
-        shares = {f"R@{k}": 100 * sum(r < k for r in ranks) / len(ranks) for k in (1, 5, 10)}
-        return {name: round(share, 1) for name, share in shares.items()}
+        relevant = [[place[item] for item in query.item_ids] for query in queries]
+        shares = recall_at(first_relevant_ranks(scores, relevant))
+        return {name: round(share, 1) for name, share in shares.items() if name != "mean"}
 
     def measure(self) -> dict[str, Any]:
         """Recall of the model as it was saved: both kinds of queries, both sets of pictures."""

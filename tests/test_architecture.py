@@ -16,6 +16,7 @@ LEVEL = {
     "_C": 0,
     "kernels": 0,
     "reference": 0,
+    "threads": 0,
     "bags": 1,
     "dictionary": 1,
     "token_ids": 1,

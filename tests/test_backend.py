@@ -139,3 +139,37 @@ def test_the_operators_work_without_triton():
         "assert bagformer.maxsim(torch.ones(1, 2, 3), torch.ones(1, 4, 3))[0].item() == 6\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_explanation_wants_tensors():
+    with pytest.raises(TypeError, match=r"tensors\[1\] must be a torch.Tensor, got list"):
+        explain_backend("maxsim", features(1, 2, 3), [1.0])
+
+
+FORK = """
+import os, sys, time, torch
+from bagformer import maxsim
+from bagformer.bags import BagSegmenter
+torch.set_num_threads(2)
+segmenter, ids = BagSegmenter([[1, 2]]), torch.ones(4096, 3, dtype=torch.int64)
+features = torch.ones(8, 4, 16)
+bags, scores = segmenter(ids), maxsim(features, features)
+child = os.fork()
+if child == 0:
+    same = torch.equal(segmenter(ids, n_threads=2).offsets, bags.offsets)
+    same = same and torch.equal(maxsim(features, features)[0], scores[0])
+    os._exit(0 if same else 1)
+deadline = time.monotonic() + 20
+done, status = 0, -1
+while not done and time.monotonic() < deadline:
+    done, status = os.waitpid(child, os.WNOHANG)
+    time.sleep(0.02)
+if not done:
+    os.kill(child, 9)
+sys.exit(0 if done and status == 0 else 1)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_a_forked_process_does_not_wait_for_threads_that_it_lacks():
+    assert subprocess.run([sys.executable, "-c", FORK], timeout=120).returncode == 0

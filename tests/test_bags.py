@@ -137,7 +137,7 @@ def test_entities_that_are_refused(entities, options, error, text):
         (["ab"], TypeError, "row 0 is 'ab'"),
         ([[1, 2.5]], TypeError, "must hold integers, got float64"),
         ([[True, False]], TypeError, "must hold integers, got bool"),
-        ([[1, 2**70]], TypeError, "must hold integers, got object"),
+        ([[1, None]], TypeError, "must hold integers, got object"),
         ([[[1], [2]]], ValueError, r"must be \[B, T\], got shape \[1, 2, 1\]"),
         (torch.zeros(2, 2), TypeError, "must hold integers, got float32"),
         (torch.zeros(2, dtype=torch.int64), ValueError, r"must be \[B, T\], got shape \[2\]"),
@@ -250,3 +250,43 @@ def test_pickled_by_value_without_a_file(segmenter):
     again = pickle.loads(pickle.dumps(segmenter))
     assert again.sha256 == segmenter.sha256
     assert torch.equal(again(ROWS).offsets, segmenter(ROWS).offsets)
+
+
+@pytest.mark.parametrize("dtype", [">i2", ">i4", ">i8", ">u4", "<i4"])
+def test_byte_order_does_not_matter(segmenter, dtype):
+    assert torch.equal(segmenter(np.array(ROWS, dtype)).offsets, segmenter(ROWS).offsets)
+
+
+WRONG_IDS = [
+    (torch.ones(1, 2, dtype=torch.int64, device="meta"), ValueError, "a tensor on the device meta"),
+    (torch.ones(1, 2, dtype=torch.int64).to_sparse(), TypeError, "dense tensor, got layout"),
+    (
+        torch.nested.nested_tensor([torch.tensor([1, 2])], layout=torch.jagged),
+        TypeError,
+        "dense tensor, got layout torch.jagged",
+    ),
+    (5, TypeError, "a tensor or rows of ints, got int"),
+    (None, TypeError, "a tensor or rows of ints, got NoneType"),
+    ([[1], [2**70]], ValueError, r"row 1 holds a token id outside \[0, 2147483648\)"),
+    ([[2**63, -1]], ValueError, r"row 0 holds a token id outside \[0, 2147483648\)"),
+    (np.broadcast_to(np.int8(1), (1, 2**30)), ValueError, "fewer than 2.30 - 1 ids"),
+]
+
+
+@pytest.mark.parametrize("ids,error,message", WRONG_IDS)
+def test_ids_that_are_none_name_the_argument(segmenter, ids, error, message):
+    with pytest.raises(error, match=f"^input_ids.*{message}"):
+        segmenter(ids)
+
+
+@pytest.mark.parametrize("n_threads", [2.0, "2", True])
+def test_threads_are_an_int(segmenter, n_threads):
+    with pytest.raises(TypeError, match=r"^n_threads must be an int, got"):
+        segmenter(ROWS, n_threads=n_threads)
+
+
+def test_arguments_that_cannot_be_iterated_are_named():
+    with pytest.raises(TypeError, match=r"^entities must be an iterable .* got NoneType"):
+        BagSegmenter(None)
+    with pytest.raises(TypeError, match=r"^masked_ids must be an iterable .* got int"):
+        BagSegmenter([], masked_ids=3)

@@ -157,3 +157,21 @@ def test_a_transformers_tokenizer_normalises_entries_as_it_does_texts(tmp_path, 
     assert [tokenizer.decode(ids[0][a:b]) for a, b in segmenter(ids).spans(0)][1] == "nike 鞋"
     assert segmenter(ids).spans(0) == [(0, 1), (1, 3), (3, 5), (5, 6)]
     assert segmenter(ids).mask.tolist() == [[False, True, True, True]]
+
+
+@pytest.mark.parametrize(
+    "matcher,note",
+    [
+        ("leftmost_longest", "no effect on bags"),
+        ("original", "matters at token 0 alone"),
+        ("backward_max", "a span of its own"),
+    ],
+)
+def test_what_single_tokens_do_is_said_as_it_is(write, matcher, note):
+    with_single = BagSegmenter.from_dictionary(write("nike鞋\nnike"), Letters(), matcher)
+    assert f"one token, {note}" in str(with_single.report)
+    without = BagSegmenter.from_dictionary(write("nike鞋"), Letters(), matcher)
+    nike, shoe = VOCABULARY.index("nike"), VOCABULARY.index("鞋")
+    for ids, matters in (([nike, shoe, 2], "original"), ([2, nike, nike], "backward_max")):
+        differs = with_single([ids]).spans(0) != without([ids]).spans(0)
+        assert differs == (matcher == matters)

@@ -15,7 +15,7 @@ import torch
 from support import bag_files
 from support.bag_cases import offsets_of, random_cases
 
-from bagformer import reference
+from bagformer import _C, reference
 from bagformer.bags import BagSegmenter
 
 ENTITIES = [(1, 2), (1, 2, 3, 4), (3, 4), (2, 3), (5,), (2**25, 1, 2)]
@@ -258,3 +258,14 @@ def test_a_damaged_pickle_is_an_error():
     data[data.index(b"BGFBAGS") + 200] ^= 1
     with pytest.raises(ValueError, match="checksum"):
         pickle.loads(bytes(data))
+
+
+def test_repeats_and_order_leave_the_bytes_alone():
+    once = BagSegmenter(ENTITIES, masked_ids=[0, 7])
+    again = BagSegmenter([*ENTITIES[::-1], *ENTITIES[3:], *ENTITIES[4:]], masked_ids=[7, 0])
+    assert once.sha256 == again.sha256
+
+
+def test_a_buffer_with_gaps_is_refused(image):
+    with pytest.raises(ValueError, match="the buffer must be contiguous"):
+        _C.BagAutomaton(memoryview(image * 2)[::2])

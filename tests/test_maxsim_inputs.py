@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from support.makers import features, mask
+from torch.autograd import forward_ad
 
-from bagformer import maxsim, maxsim_pairs, maxsim_topk, reference
+from bagformer import bag_pool, l2_normalize, maxsim, maxsim_pairs, maxsim_topk, reference
 from bagformer.ops import _native
 
 TEXT, IMAGE = features(2, 3, 4), features(5, 6, 4)
@@ -47,6 +48,7 @@ WRONG = [
     ({"directions": "sideways"}, ValueError, "directions must be one of both, .* got 'sideways'"),
     ({"reduction": "max"}, ValueError, "reduction must be one of sum, mean; got 'max'"),
     ({"precision": "fp8"}, ValueError, "precision must be one of fp32, tf32, bf16; got 'fp8'"),
+    ({"return_argmax": "no"}, TypeError, "return_argmax must be a bool, got str"),
     ({"backend": "cuda"}, ValueError, "backend must be one of auto, cpu, .* got 'cuda'"),
 ]
 
@@ -125,3 +127,44 @@ def test_nested_tensors_bring_their_own_mask():
     strided = torch.nested.nested_tensor([torch.ones(1, 4), torch.ones(2, 4)])
     with pytest.raises(ValueError, match="text must be a contiguous jagged tensor"):
         maxsim(strided, IMAGE)
+
+
+def test_a_view_without_memory_never_reaches_the_kernels():
+    freed = features(2, 3, 4)
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="internal view: text has no memory"):
+        maxsim(freed, IMAGE)
+
+
+def test_too_many_tokens_name_their_side():
+    long = torch.zeros(1, 1, 1).expand(1, 2**30 + 1, 1)
+    with pytest.raises(ValueError, match=r"text has more than 2.30 bags"):
+        maxsim(long, torch.ones(1, 1, 1))
+    with pytest.raises(ValueError, match=r"image has more than 2.30 patches"):
+        maxsim(torch.ones(1, 1, 1), long)
+
+
+FORWARD_MODE = {
+    "text": lambda x: maxsim(x, IMAGE).text_to_image,
+    "image": lambda x: maxsim(TEXT[..., :4], x).image_to_text,
+    "hidden_states": lambda x: bag_pool(x, torch.tensor([[0, 1, 3], [0, 2, 3]])),
+    "x": l2_normalize,
+}
+
+
+@pytest.mark.parametrize("name", FORWARD_MODE)
+def test_forward_mode_is_refused_rather_than_zero(name):
+    with pytest.raises(RuntimeError, match=f"^{name} carries a forward-mode tangent"):
+        torch.func.jvp(FORWARD_MODE[name], (TEXT,), (torch.ones_like(TEXT),))
+    with forward_ad.dual_level():
+        assert maxsim(TEXT, IMAGE).text_to_image.shape == (2, 5)
+
+
+def test_any_byte_but_zero_in_a_mask_counts():
+    odd = torch.tensor([[2, 0, 255], [1, 1, 0]], dtype=torch.uint8).view(torch.bool)
+    gradients = []
+    for keep in (odd, odd.view(torch.uint8) != 0):
+        leaf = TEXT.clone().requires_grad_()
+        maxsim(leaf, IMAGE, text_mask=keep, reduction="mean").text_to_image.sum().backward()
+        gradients.append(leaf.grad)
+    assert torch.equal(*gradients)

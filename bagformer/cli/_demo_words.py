@@ -66,8 +66,9 @@ def recall_note(
         note += f" {queries_without_picture} queries without a right picture are left out."
     if unseen is not None:
         note += (
-            f" Unseen texts: {unseen['queries']} other queries, no one of which was a text of the "
-            "training set, alone or combined."
+            " Each query joins two texts of a drawing that training had alone and never together; "
+            "training had the drawings too, in other themes. Unseen texts: "
+            f"{unseen['queries']} more queries, whose text was taken out of training altogether."
         )
     return note
 

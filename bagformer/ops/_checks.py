@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from bagformer.ops._library import dims
 
@@ -23,6 +24,20 @@ def check_tensor(name: str, value: Any) -> None:
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
 
 
+def check_flag(name: str, value: Any) -> None:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__}")
+
+
+def check_no_tangent(name: str, value: Tensor) -> None:
+    """Operators of torch.library drop tangents: without this the answer would be a silent zero."""
+    if forward_ad._current_level >= 0 and forward_ad.unpack_dual(value).tangent is not None:
+        raise RuntimeError(
+            f"{name} carries a forward-mode tangent, but bagformer's operators are differentiable "
+            "in reverse mode only. Use bagformer.reference for torch.func.jvp."
+        )
+
+
 def check_features(name: str, value: Any, layouts: Sequence[str]) -> None:
     """``layouts`` lists the accepted shapes as text, such as ``[Nt, N, D]``."""
     check_tensor(name, value)
@@ -30,6 +45,7 @@ def check_features(name: str, value: Any, layouts: Sequence[str]) -> None:
         raise TypeError(f"{name} must be a dense tensor, got layout {value.layout}")
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
+    check_no_tangent(name, value)
     if value.dim() not in [layout.count(",") + 1 for layout in layouts]:
         raise ValueError(f"{name} must have shape {' or '.join(layouts)}, got {dims(value.shape)}")
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bagformer.threads import thread_limit
+
 extension: Any
 LOAD_ERROR: ImportError | None = None
 try:
@@ -60,7 +62,7 @@ def optional_view(tensor: Tensor | None) -> View | None:
 
 
 def threads() -> int:
-    return torch.get_num_threads()
+    return thread_limit()
 
 
 def describe() -> str:

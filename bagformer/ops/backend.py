@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from bagformer.ops import _native
-from bagformer.ops._checks import check_choice
+from bagformer.ops._checks import check_choice, check_tensor
 
 BACKENDS = ("cpu", "torch", "reference")
 OPERATORS = ("bag_pool", "l2_normalize", "maxsim", "maxsim_candidates", "maxsim_topk")
@@ -64,6 +64,8 @@ def explain_backend(op: str, *tensors: Tensor, backend: str = "auto") -> str:
     check_choice("op", op, OPERATORS)
     if not tensors:
         raise ValueError("explain_backend needs at least one of the operator's tensors")
+    for number, tensor in enumerate(tensors):
+        check_tensor(f"tensors[{number}]", tensor)
     first = tensors[0]
     choice = choose_backend(op, first.device, first.dtype, backend)
     line = (

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from bagformer import reference
 from bagformer.ops import _native
-from bagformer.ops._checks import check_choice, check_features, check_mask, check_tensor
+from bagformer.ops._checks import (
+    check_choice,
+    check_features,
+    check_flag,
+    check_mask,
+    check_tensor,
+)
 from bagformer.ops._library import define, differentiate, dims
 from bagformer.ops.backend import BACKENDS, choose_backend
 from bagformer.ops.l2_normalize import check_eps, unit, unit_backward
@@ -259,8 +265,7 @@ def bag_pool(
     if mask is not None:
         owner = offsets[:, 1:, None]
         check_mask("mask", mask, "the bags", owner)
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize must be a bool, got {type(normalize).__name__}")
+    check_flag("normalize", normalize)
     check_eps(eps)
     check_choice("backend", backend, ("auto", *BACKENDS))
     return torch.ops.bagformer.bag_pool(hidden_states, offsets, mask, normalize, eps, backend)

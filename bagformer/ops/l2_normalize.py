@@ -9,7 +9,7 @@ from torch import Tensor
 
 from bagformer import reference
 from bagformer.ops import _native
-from bagformer.ops._checks import FLOATS, check_choice, check_tensor
+from bagformer.ops._checks import FLOATS, check_choice, check_no_tangent, check_tensor
 from bagformer.ops._library import define, differentiate
 from bagformer.ops.backend import BACKENDS, choose_backend
 
@@ -138,6 +138,7 @@ def l2_normalize(x: Tensor, eps: float = 1e-12, *, backend: str = "auto") -> Ten
         raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
     if x.dtype not in FLOATS:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
+    check_no_tangent("x", x)
     if x.dim() == 0:
         raise ValueError("x must have shape [..., D], got a tensor without axes")
     check_eps(eps)

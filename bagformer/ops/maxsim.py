@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from bagformer.ops import _maxsim_ops  # noqa: F401  registers the operators
-from bagformer.ops._checks import check_alike, check_choice, check_features, check_mask
+from bagformer.ops._checks import (
+    check_alike,
+    check_choice,
+    check_features,
+    check_flag,
+    check_mask,
+)
 from bagformer.ops._library import dims, wants_grad
 from bagformer.ops._maxsim_torch import argmax_dtype, widen_argmax
 from bagformer.ops._nested import pad_nested
@@ -127,6 +133,7 @@ def maxsim(
     """
     check_options(mask_mode, reduction, precision, backend)
     check_choice("directions", directions, DIRECTIONS)
+    check_flag("return_argmax", return_argmax)
     text, image, text_mask, image_mask = check_sides(
         text, image, text_mask, image_mask, ("[Ni, P, D]", "[Nt, K, P, D]")
     )

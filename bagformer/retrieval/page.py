@@ -81,7 +81,7 @@ def _recall(report: Mapping[str, Any]) -> str:
     rows = []
     kinds = [("text_to_image", "text → picture"), ("image_to_text", "picture → text")]
     if recall["unseen"]:
-        kinds.append(("unseen", "unseen texts"))
+        kinds.append(("unseen", "unseen text → picture"))
     for key, label in kinds:
         cells = "".join(
             f"<td><b>{recall[key][name]:.1f}</b><i>%</i>{_track(recall[key][name])}</td>"
@@ -174,7 +174,8 @@ def _query(query: Mapping[str, Any], pictures: Mapping[str, Any], scale: str) ->
         f'<figcaption><span class="row"><span>all bags</span>'
         f"<span>{explained['image_to_text']:.3f}</span></span></figcaption></figure>"
     )
-    low, high = explained["scale"]
+    # adding zero turns a rounded -0.0 into 0.0
+    low, high = (round(end, 2) + 0.0 for end in explained["scale"])
     notes = ["The end of this query was cut off."] if query["truncated"] else []
     if explained["counting_bags"] > len(explained["bags"]):
         drawn, counting = len(explained["bags"]), explained["counting_bags"]

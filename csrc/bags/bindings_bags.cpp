@@ -35,8 +35,9 @@ IdType id_type_of(const py::array& ids) {
 
 Ids ids_of(const py::array& array) {
     if (array.ndim() != 2) throw py::value_error("ids must have two dimensions");
-    if (array.shape(1) >= INT32_MAX)
-        throw py::value_error("a row must have fewer than 2^31 - 1 ids");
+    // backward_max may make two bags of each token, and bags are counted in int32
+    if (array.shape(1) >= INT32_MAX / 2)
+        throw py::value_error("a row must have fewer than 2^30 - 1 ids");
     return {static_cast<const std::byte*>(array.data()),
             id_type_of(array),
             array.shape(0),
@@ -52,6 +53,9 @@ class Automaton {
     explicit Automaton(const py::buffer& buffer) : buffer_(buffer.request()) {
         const std::span bytes(static_cast<const std::byte*>(buffer_.ptr),
                               size_t(buffer_.size * buffer_.itemsize));
+        if (PyBuffer_IsContiguous(buffer_.view(), 'C') == 0) {
+            throw py::value_error("the buffer must be contiguous");
+        }
         if (reinterpret_cast<uintptr_t>(bytes.data()) % alignof(uint64_t) != 0) {
             throw py::value_error("the buffer must be aligned to 8 bytes");
         }

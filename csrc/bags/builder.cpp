@@ -96,10 +96,20 @@ std::vector<uint32_t> Builder::sorted_distinct() {
     return order;
 }
 
+std::vector<uint32_t> Builder::tokens_of(std::span<const uint32_t> order) const {
+    std::vector<uint32_t> tokens;
+    for (const uint32_t index : order) {
+        const auto one = entity(index);
+        tokens.insert(tokens.end(), one.begin(), one.end());
+    }
+    return tokens;
+}
+
 Image Builder::finish() {
-    const Alphabet alphabet(tokens_, masked_);
     std::vector<uint32_t> order = sorted_distinct();
     counts_.kept = order.size();
+    // repeats must not weigh in the order of codes: equal sets of entities give equal bytes
+    const Alphabet alphabet(tokens_of(order), masked_);
     for (uint32_t& token : tokens_) token = alphabet.code(token);
     const Trie trie(tokens_, starts_, order);
     counts_.unreachable = matcher_ == Matcher::original ? trie.unchained() : 0;

@@ -38,6 +38,7 @@ class Builder {
         return {tokens_.data() + starts_[index], starts_[index + 1] - starts_[index]};
     }
     std::vector<uint32_t> sorted_distinct();
+    std::vector<uint32_t> tokens_of(std::span<const uint32_t> order) const;
 
     Matcher matcher_;
     std::vector<uint32_t> masked_;

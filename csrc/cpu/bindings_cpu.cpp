@@ -3,6 +3,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
@@ -32,6 +33,8 @@ View parse(const char* name, const py::object& object) {
         refuse(std::string(name) + " has rank " + std::to_string(shape.size()));
     // an empty tensor has a null address; any other will do, since nothing is read through it
     const auto address = parts[0].cast<uintptr_t>();
+    if (address == 0 && std::ranges::find(shape, 0) == shape.end())
+        refuse(std::string(name) + " has no memory (its storage was freed or never filled)");
     static char nothing;
     view.data = address == 0 ? &nothing : reinterpret_cast<char*>(address);
     view.dtype = static_cast<DType>(parts[1].cast<int>());
@@ -76,6 +79,9 @@ void need_integer(const char* name, const View& view, std::vector<int64_t> shape
     need(name, view, view.dtype, shape, true);
 }
 
+// Places among tokens are int32, and tiles may reach past the last one.
+constexpr int64_t kMaxTokens = int64_t{1} << 30;
+
 DType wide(DType dtype) { return dtype == DType::f64 ? DType::f64 : DType::f32; }
 
 // Shapes that follow from the features.
@@ -89,7 +95,8 @@ struct Pairs {
         const int64_t texts = text.shape[0], bags = text.shape[1];
         const int64_t images = image.shape[image.rank - 3], patches = image.shape[image.rank - 2];
         const int64_t depth = text.shape[2];
-        if (bags > INT32_MAX || patches > INT32_MAX) refuse("more than 2^31 - 1 tokens");
+        if (bags > kMaxTokens) refuse("text has more than 2^30 bags");
+        if (patches > kMaxTokens) refuse("image has more than 2^30 patches");
         if (candidates)
             need("image", image, text.dtype, {texts, images, patches, depth});
         else

@@ -18,8 +18,8 @@ constexpr int64_t kGroupBytes = int64_t{32} << 20;
 constexpr int64_t kBlockBytes = int64_t{384} << 10;
 constexpr int64_t kItemsPerThread = 4;
 
-const bool* mask_row(const View& mask, int64_t i, int64_t j = 0) {
-    return mask ? mask.at<const bool>(i, mask.rank == 3 ? j : 0) : nullptr;
+const uint8_t* mask_row(const View& mask, int64_t i, int64_t j = 0) {
+    return mask ? mask.at<const uint8_t>(i, mask.rank == 3 ? j : 0) : nullptr;
 }
 
 template <class E>

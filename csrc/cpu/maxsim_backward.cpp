@@ -74,20 +74,20 @@ class Backward {
         return static_cast<float>(grad) / static_cast<float>(count);
     }
 
-    const bool* text_mask(int64_t text) const {
-        return call_.text_mask ? call_.text_mask.at<const bool>(text) : nullptr;
+    const uint8_t* text_mask(int64_t text) const {
+        return call_.text_mask ? call_.text_mask.at<const uint8_t>(text) : nullptr;
     }
 
-    const bool* image_mask(int64_t text, int64_t image) const {
+    const uint8_t* image_mask(int64_t text, int64_t image) const {
         if (!call_.image_mask) return nullptr;
-        return candidates_ ? call_.image_mask.at<const bool>(text, image)
-                           : call_.image_mask.at<const bool>(image);
+        return candidates_ ? call_.image_mask.at<const uint8_t>(text, image)
+                           : call_.image_mask.at<const uint8_t>(image);
     }
 
-    static int64_t count(const bool* mask, int64_t stride, int64_t tokens) {
+    static int64_t count(const uint8_t* mask, int64_t stride, int64_t tokens) {
         if (mask == nullptr) return tokens;
         int64_t total = 0;
-        for (int64_t token = 0; token < tokens; ++token) total += mask[token * stride];
+        for (int64_t token = 0; token < tokens; ++token) total += mask[token * stride] != 0;
         return total;
     }
 
@@ -97,7 +97,7 @@ class Backward {
         const int64_t i = candidates_ ? text : image, j = candidates_ ? image : text;
         const double grad_t2i = upstream(call_.grad_t2i, text, image);
         const double grad_i2t = upstream(call_.grad_i2t, i, j);
-        const bool *bags = text_mask(text), *patches = image_mask(text, image);
+        const uint8_t *bags = text_mask(text), *patches = image_mask(text, image);
         const int64_t bag_stride = call_.text_mask.strides[1];
         const int64_t patch_stride = call_.image_mask.strides[call_.image.rank - 2];
         if (grad_t2i != 0.0) {

@@ -18,7 +18,7 @@ struct Places {
     int32_t count() const { return static_cast<int32_t>(index.size()); }
 
     // `mask` points at the first token's flag; null: all `tokens` count.
-    void find(const bool* mask, int64_t stride, int64_t tokens) {
+    void find(const uint8_t* mask, int64_t stride, int64_t tokens) {
         index.clear();
         first_masked = -1;
         for (int64_t token = 0; token < tokens; ++token) {

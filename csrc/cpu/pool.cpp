@@ -99,7 +99,7 @@ void sum_bag(const View& hidden, int64_t batch, Span span, T* out) {
 }
 
 bool masked(const View& mask, int64_t batch, int64_t bag) {
-    return mask && !*mask.at<const bool>(batch, bag);
+    return mask && *mask.at<const uint8_t>(batch, bag) == 0;
 }
 
 template <class In>

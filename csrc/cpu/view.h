@@ -1,4 +1,5 @@
-// A tensor as it crosses from Python: address, dtype, shape, strides. It owns nothing.
+// A tensor as it crosses from Python: address, dtype, shape, strides. It owns nothing. Masks are
+// read as bytes: torch lets a bool hold any byte, C++ does not.
 #pragma once
 
 #include <array>

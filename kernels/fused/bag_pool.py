@@ -1,0 +1,151 @@
+"""Sum of token rows over the bags of a CSR table, with normalisation and mask fused in.
+
+A program owns a few bags of one text, over the full width. It walks its bags' tokens in order, so
+sums are added in token order in float32 and nothing is written by two programs. In the backward the
+owner of a bag also owns the gradient rows of the bag's tokens.
+"""
+# ruff: noqa: N803 - Triton's constexpr parameters are written in capitals
+
+import torch
+import triton
+import triton.language as tl
+from bagformer.kernels.normalize import through_norm
+from torch import Tensor
+
+TILE_ELEMENTS = 2048  # bags are one or two tokens long: small tiles waste fewer masked loads
+
+
+@triton.jit
+def _bounds(offsets, text, first, n_bags, n_tokens, BAGS: tl.constexpr):
+    """Bag numbers of this program and their token ranges, cut to the tokens that exist."""
+    bag = first + tl.arange(0, BAGS)
+    inside = bag < n_bags
+    entry = offsets + text.to(tl.int64) * (n_bags + 1) + bag
+    start = tl.maximum(tl.load(entry, mask=inside, other=0), 0)
+    end = tl.minimum(tl.load(entry + 1, mask=inside, other=0), n_tokens)
+    return bag, start, end
+
+
+@triton.jit
+def _sum_tokens(base, start, end, token_stride, width, BAGS: tl.constexpr, SPAN: tl.constexpr):
+    col = tl.arange(0, SPAN)
+    total = tl.zeros((BAGS, SPAN), tl.float32)
+    for step in range(tl.maximum(tl.max(end - start, 0), 0)):
+        token = start + step
+        inside = (token < end)[:, None] & (col < width)[None, :]
+        row = base + token.to(tl.int64)[:, None] * token_stride + col[None, :]
+        total += tl.load(row, mask=inside, other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def bag_pool_forward_kernel(
+    hidden, offsets, mask, out, n_tokens, n_bags, width, text_stride, token_stride, eps,
+    BAGS: tl.constexpr, SPAN: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr
+):  # fmt: skip
+    text = tl.program_id(0)
+    bag, start, end = _bounds(offsets, text, tl.program_id(1) * BAGS, n_bags, n_tokens, BAGS)
+    base = hidden + text.to(tl.int64) * text_stride
+    total = _sum_tokens(base, start, end, token_stride, width, BAGS, SPAN)
+    if NORMALIZE:
+        norm = tl.sqrt_rn(tl.sum(total * total, 1))
+        norm = tl.where(norm < eps, eps, norm)
+        total = tl.div_rn(total, tl.broadcast_to(norm[:, None], (BAGS, SPAN)))
+    place = text.to(tl.int64) * n_bags + bag
+    if MASKED:
+        keep = tl.load(mask + place, mask=bag < n_bags, other=0) != 0
+        total = tl.where(keep[:, None], total, 0.0)
+    col = tl.arange(0, SPAN)
+    inside = (bag < n_bags)[:, None] & (col < width)[None, :]
+    tl.store(out + place[:, None] * width + col[None, :], total, mask=inside)
+
+
+@triton.jit
+def bag_pool_backward_kernel(
+    grad, hidden, offsets, mask, grad_hidden,
+    n_tokens, n_bags, width, text_stride, token_stride, eps,
+    BAGS: tl.constexpr, SPAN: tl.constexpr, MASKED: tl.constexpr, NORMALIZE: tl.constexpr
+):  # fmt: skip
+    text = tl.program_id(0)
+    bag, start, end = _bounds(offsets, text, tl.program_id(1) * BAGS, n_bags, n_tokens, BAGS)
+    col = tl.arange(0, SPAN)
+    place = text.to(tl.int64) * n_bags + bag
+    keep = bag < n_bags
+    if MASKED:
+        keep = keep & (tl.load(mask + place, mask=keep, other=0) != 0)
+    inside = keep[:, None] & (col < width)[None, :]
+    slope = tl.load(grad + place[:, None] * width + col[None, :], mask=inside, other=0.0)
+    slope = slope.to(tl.float32)
+    if NORMALIZE:
+        base = hidden + text.to(tl.int64) * text_stride
+        total = _sum_tokens(base, start, end, token_stride, width, BAGS, SPAN)
+        # a masked bag's NaN must not reach its tokens as 0 * NaN
+        total = tl.where(keep[:, None], total, 0.0)
+        slope = through_norm(slope, total, eps)
+    # tokens before the first bag and after the last get their zeros from those bags' owners
+    low = tl.where(bag == 0, 0, start)
+    high = tl.where(bag == n_bags - 1, n_tokens, end)
+    high = tl.where(bag < n_bags, high, low)
+    for step in range(tl.maximum(tl.max(high - low, 0), 0)):
+        token = low + step
+        own = (token >= start) & (token < end)
+        row = (text.to(tl.int64) * n_tokens + token)[:, None] * width + col[None, :]
+        value = tl.where(own[:, None], slope, 0.0)
+        tl.store(grad_hidden + row, value, mask=(token < high)[:, None] & (col < width)[None, :])
+
+
+def _plan(width: int, n_bags: int) -> tuple[int, int]:
+    span = triton.next_power_of_2(width)
+    return max(1, min(TILE_ELEMENTS // span, triton.next_power_of_2(n_bags))), span
+
+
+def bag_pool_forward(
+    hidden: Tensor,
+    offsets: Tensor,
+    mask: Tensor | None = None,
+    normalize: bool = False,
+    eps: float = 1e-12,
+) -> Tensor:
+    """``hidden [B, T, D]`` summed over ``offsets [B, N + 1]`` int32: ``[B, N, D]``, same dtype.
+
+    ``offsets`` must not fall along a row. ``mask [B, N]`` bool zeroes the bags that are False,
+    after ``normalize`` has divided each bag by its norm (clamped at ``eps``).
+    """
+    batch, n_tokens, width = hidden.shape
+    n_bags = offsets.shape[1] - 1
+    out = torch.empty(batch, n_bags, width, dtype=hidden.dtype, device=hidden.device)
+    if out.numel() == 0:
+        return out
+    hidden = hidden if hidden.stride(2) == 1 else hidden.contiguous()
+    bags, span = _plan(width, n_bags)
+    bag_pool_forward_kernel[(batch, triton.cdiv(n_bags, bags))](
+        hidden, offsets.contiguous(), None if mask is None else mask.contiguous(), out,
+        n_tokens, n_bags, width, hidden.stride(0), hidden.stride(1), eps,
+        BAGS=bags, SPAN=span, MASKED=mask is not None, NORMALIZE=normalize, num_warps=4,
+    )  # fmt: skip
+    return out
+
+
+def bag_pool_backward(
+    grad: Tensor,
+    hidden: Tensor,
+    offsets: Tensor,
+    mask: Tensor | None = None,
+    normalize: bool = False,
+    eps: float = 1e-12,
+) -> Tensor:
+    """Gradient ``[B, T, D]`` with respect to ``hidden`` from ``grad [B, N, D]``: 0 outside bags."""
+    batch, n_tokens, width = hidden.shape
+    n_bags = offsets.shape[1] - 1
+    if grad.numel() == 0:
+        return torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    hidden = hidden if hidden.stride(2) == 1 else hidden.contiguous()
+    bags, span = _plan(width, n_bags)
+    bag_pool_backward_kernel[(batch, triton.cdiv(n_bags, bags))](
+        grad.contiguous(), hidden, offsets.contiguous(),
+        None if mask is None else mask.contiguous(), grad_hidden,
+        n_tokens, n_bags, width, hidden.stride(0), hidden.stride(1), eps,
+        BAGS=bags, SPAN=span, MASKED=mask is not None, NORMALIZE=normalize, num_warps=4,
+    )  # fmt: skip
+    return grad_hidden

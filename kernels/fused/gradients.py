@@ -1,0 +1,196 @@
+"""Launches the backward of the scores: allocates, plans, recomputes indices that were not saved."""
+
+import torch
+import triton
+from bagformer.kernels import scoring, tiles
+from bagformer.kernels.maxsim_backward import grad_image_kernel, grad_text_kernel
+from bagformer.kernels.plan import NOTHING, Tokens, bucket, compact
+from torch import Tensor
+
+INDEX_BYTES = 256 << 20  # of indices held at a time when they are recomputed
+
+
+def maxsim_backward(
+    grad_text_to_image: Tensor | None,
+    grad_image_to_text: Tensor | None,
+    text: Tensor,
+    image: Tensor,
+    text_mask: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    text_argmax: Tensor | None = None,
+    image_argmax: Tensor | None = None,
+    mask_mode: str = "exclude",
+    mean: bool = False,
+    wants_text: bool = True,
+    wants_image: bool = True,
+    precision: str = "ieee",
+) -> tuple[Tensor, Tensor]:
+    """Gradients with respect to ``text`` and ``image``, in their dtype, empty where not wanted.
+
+    ``text_argmax`` and ``image_argmax`` are what ``maxsim_forward`` gave; where one that is needed
+    is None or empty, both are computed again, a few texts at a time. A gradient that is None is
+    zero. Deterministic to the last bit.
+    """
+    grads = tuple(
+        None if grad is None else grad.to(torch.float32).contiguous()
+        for grad in (grad_text_to_image, grad_image_to_text)
+    )
+    kept, dtype = (text, image), text.dtype
+    if precision == "bf16":
+        text, image, precision = text.to(torch.bfloat16), image.to(torch.bfloat16), "ieee"
+    text, image = (x if x.stride(-1) == 1 else x.contiguous() for x in (text, image))
+    # what no program owns (masked tokens) stays zero
+    grad_text, grad_image = (
+        x.new_zeros(x.shape if wanted else [0] * x.dim(), dtype=dtype)
+        for x, wanted in zip(kept, (wants_text, wants_image), strict=True)
+    )
+    if grads == (None, None) or text.numel() == 0 or image.numel() == 0:
+        return grad_text, grad_image
+    masks, settings = (text_mask, image_mask), (mean, precision)
+    chosen = text_argmax, image_argmax
+    missing = [
+        grad is not None and (index is None or index.numel() == 0)
+        for grad, index in zip(grads, chosen, strict=True)
+    ]
+    if any(missing):
+        _recompute(grads, text, image, masks, mask_mode, settings, grad_text, grad_image)
+    else:
+        plans = compact(text_mask), compact(image_mask)
+        _launch(grads, text, image, plans, chosen, settings, grad_text, grad_image, False)
+    return grad_text, grad_image
+
+
+def _recompute(grads, text, image, masks, mask_mode, settings, grad_text, grad_image) -> None:
+    """Indices of a few texts, their gradients, and on to the next: memory is bounded."""
+    n_images, n_patches = image.shape[-3:-1]
+    each = n_images * (
+        text.shape[1] * scoring.index_dtype(n_patches).itemsize
+        + n_patches * scoring.index_dtype(text.shape[1]).itemsize
+    )
+    step = max(1, INDEX_BYTES // each)
+    shared = image.dim() == 3 and step < text.shape[0] and grad_image.numel() > 0
+    # several additions to one image's gradient are rounded once, at the end
+    sums = torch.zeros_like(grad_image, dtype=torch.float32) if shared else grad_image
+    for first in range(0, text.shape[0], step):
+        part = slice(first, first + step)
+        words = text[part]
+        pictures = image if image.dim() == 3 else image[part]
+        cut = [None if mask is None else mask for mask in masks]
+        cut[0] = None if masks[0] is None else masks[0][part]
+        if image.dim() == 4 and masks[1] is not None:
+            cut[1] = masks[1][part]
+        outputs = scoring.maxsim_forward(
+            words, pictures, *cut, mask_mode, grads[0] is not None, grads[1] is not None,
+            want_argmax=True, precision=settings[1],
+        )  # fmt: skip
+        slopes = (
+            None if grads[0] is None else grads[0][part],
+            _of_texts(grads[1], part, image.dim() == 4),
+        )
+        into = sums if image.dim() == 3 or sums.numel() == 0 else sums[part]
+        own = grad_text[part] if grad_text.numel() else grad_text
+        plans = compact(cut[0]), compact(cut[1])
+        _launch(slopes, words, pictures, plans, outputs[2:], settings, own, into, shared)
+    if shared:
+        grad_image.copy_(sums)
+
+
+def _of_texts(grad: Tensor | None, part: slice, candidates: bool) -> Tensor | None:
+    if grad is None:
+        return None
+    return grad[part] if candidates else grad[:, part].contiguous()
+
+
+def _launch(
+    grads, text, image, plans: tuple[Tokens, Tokens], chosen, settings, grad_text, grad_image, add
+) -> None:
+    n_bags = text.shape[1]
+    slot = min(tiles.slot_of(n_bags), tiles.LONGEST_PIECE)
+    if image.dim() == 4:
+        slot = max(slot, tiles.SMALLEST_BLOCK)
+    pairs = text.shape[0] * image.shape[-3]
+    order = bounds = None
+    classes = 0
+    if (
+        plans[0] is not NOTHING
+        and image.dim() == 3
+        and slot > tiles.SMALLEST_SLOT
+        and n_bags <= slot
+        and pairs >= scoring.SORTED_PAIRS
+    ):
+        classes = (slot // tiles.SMALLEST_SLOT).bit_length()
+        order, bounds = bucket(plans[0].counts, classes)
+    common = (grads, text, image, plans, chosen, settings, order)
+    if grad_text.numel():
+        for rank in range(classes):
+            _launch_text(*common, bounds[rank], tiles.SMALLEST_SLOT << rank, grad_text)
+        if not classes:
+            _launch_text(*common, None, slot, grad_text)
+    if grad_image.numel():
+        _launch_image(*common, bounds, slot, classes, grad_image, add)
+
+
+def _flags(grads, text, image, plans, settings) -> dict:
+    n_texts, n_bags, width = text.shape
+    n_images, n_patches = image.shape[-3:-1]
+    widest = n_texts * max(n_images * n_bags, n_patches, n_bags * width, text.stride(0))
+    if image.dim() == 4:
+        widest = max(widest, n_texts * n_images * n_patches)
+    return {
+        "TEXT_MASK": plans[0] is not NOTHING,
+        "IMAGE_MASK": plans[1] is not NOTHING,
+        "MEAN": settings[0],
+        "CANDIDATES": image.dim() == 4,
+        "TO_IMAGE": grads[0] is not None,
+        "TO_TEXT": grads[1] is not None,
+        "SCALED": text.dtype == torch.float16,
+        "PRECISION": settings[1],
+        "WIDE": widest >= 1 << 31,
+    }
+
+
+def _launch_text(grads, text, image, plans, chosen, settings, order, bounds, slot, out) -> None:
+    n_texts, n_bags, width = text.shape
+    n_images, n_patches = image.shape[-3:-1]
+    candidates = image.dim() == 4
+    tile = tiles.text_gradient_tile(
+        text.device, text.dtype, width, slot, 1 if candidates else n_texts
+    )
+    pieces = 1 if order is not None else triton.cdiv(n_bags, slot)
+    strides = image.stride(0), image.stride(-3), image.stride(-2)
+    unit = tiles.common_unit(width, *strides)
+    grid = (triton.cdiv(n_texts * pieces, tile.block_n // slot), triton.cdiv(width, tile.span))
+    grad_text_kernel[grid](
+        image, tuple(plans[0]), tuple(plans[1]), order, bounds, grads, *chosen, out,
+        n_texts, n_images, n_bags, n_patches, width // unit, pieces,
+        *(stride // unit for stride in strides),
+        UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, SLOT=slot, SPAN=tile.span,
+        WHOLE=width % tile.span == 0, CUT=pieces > 1, ORDERED=order is not None,
+        **_flags(grads, text, image, plans, settings),
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+    )  # fmt: skip
+
+
+def _launch_image(
+    grads, text, image, plans, chosen, settings, order, bounds, slot, classes, out, add
+) -> None:
+    n_texts, n_bags, width = text.shape
+    n_images, n_patches = image.shape[-3:-1]
+    candidates = image.dim() == 4
+    tile = tiles.image_gradient_tile(
+        text.device, text.dtype, width, slot, 1 if candidates else n_texts
+    )
+    pieces = 1 if order is not None else triton.cdiv(n_bags, slot)
+    unit = tiles.common_unit(width, text.stride(0), text.stride(1))
+    items = out.numel() // (n_patches * width)
+    grid = (items, triton.cdiv(n_patches, tile.block_p), triton.cdiv(width, tile.span))
+    grad_image_kernel[grid](
+        text, tuple(plans[0]), tuple(plans[1]), order, bounds, grads, *chosen, out,
+        n_texts, n_images, n_bags, n_patches, width // unit, pieces,
+        text.stride(0) // unit, text.stride(1) // unit,
+        UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n,
+        SLOT=tiles.SMALLEST_SLOT if classes else slot, CLASSES=classes, SPAN=tile.span,
+        WHOLE=width % tile.span == 0, CUT=pieces > 1, ADD=add,
+        **_flags(grads, text, image, plans, settings),
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
+    )  # fmt: skip

@@ -1,0 +1,320 @@
+"""One pass over the similarities of texts and images gives both score matrices.
+
+Patches are the rows (M) and bags the columns (N) of every matrix product::
+
+                     text a          text b          text c          text d       <- resident:
+                  [ SLOT columns | SLOT columns | SLOT columns | SLOT columns ]      one load for
+                  bag bag bag ... bag bag bag pad ...                                all the images
+    image i     +----------------------------------------------------------------+
+    patch rows  |  tile [BLOCK_P, BLOCK_N] of text @ image, in fp32 registers    |
+    0..63       |    along a row, per slot: max over bags  -> best [BLOCK_P, 4]  |--> sums += best
+    64..127     |    down a column: elementwise max into run [BLOCK_P/2, BLOCK_N]|
+    ...         +----------------------------------------------------------------+
+                     once per image: max over run's rows, sum over a slot's columns
+
+- A program **owns** BLOCK_N / SLOT texts and a run of ``images_per_program`` images, hence the
+  scores of all those pairs, alone: nothing is combined between programs, nothing is atomic.
+- It **keeps** its texts' features on chip (or, for wide features, re-reads them in steps of STEP)
+  and **streams** the patches of its images, BLOCK_P rows at a time.
+- The maximum over bags is **reduced** inside a tile (within threads, then two shuffles: a slot lies
+  along the accumulator's columns). The maximum over patches is kept elementwise; rows r and r + 8
+  of a tile, which one thread holds, are folded first. It is reduced across threads once per image.
+- Rows and columns past the end repeat the last token that counts. That changes no maximum, so the
+  inner loop has no elementwise mask; only the sum over patches asks which rows exist.
+- A maximum is NaN if any value under it is (FMNMX.NAN). In mode "zero" a masked token competes with
+  similarity 0: a floor under the reduced maxima, since masked rows themselves are never read.
+- Indices (ARGMAX): the lowest position that reaches the maximum. Where a maximum is NaN, the kernel
+  of nan_argmax.py writes the first NaN's index afterwards.
+"""
+# ruff: noqa: N803, N806 - Triton's constexpr parameters are written in capitals
+
+import triton
+import triton.language as tl
+from bagformer.kernels.primitives import nan_max, reduce_max
+
+NOWHERE = tl.constexpr(2147483647)
+SIZES = ["n_texts", "n_images", "n_bags", "n_patches"]
+
+
+@triton.jit
+def load_rows(base, rows, first, width, SPAN: tl.constexpr, WHOLE: tl.constexpr):
+    """[rows, SPAN] features from column ``first`` on; columns past ``width`` are zeros.
+
+    ``rows`` are offsets of rows: 32-bit within one image, 64-bit for texts, which lie anywhere.
+    """
+    col = first + tl.arange(0, SPAN)
+    place = base + (rows[:, None] + col[None, :])
+    if WHOLE:
+        return tl.load(place)
+    return tl.load(place, mask=(col < width)[None, :], other=0.0)
+
+
+@triton.jit
+def resident(text, bags, width, SHAPE: tl.constexpr):
+    """What a program keeps of its texts: their features, or where to read them again (STEP > 0)."""
+    HEAD: tl.constexpr = SHAPE[0]
+    TAIL: tl.constexpr = SHAPE[1]
+    head, tail = text, bags
+    if SHAPE[2] == 0:
+        head = load_rows(text, bags, 0, width, HEAD, SHAPE[3])
+        if TAIL > 0:
+            tail = load_rows(text, bags, HEAD, width, TAIL, SHAPE[3])
+    return head, tail
+
+
+@triton.jit
+def similarity(
+    image, patches, features, width,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr
+):  # fmt: skip
+    """Tile [BLOCK_P, BLOCK_N] of ``patches @ bags.T``, accumulated in float32.
+
+    SHAPE is (HEAD, TAIL, STEP, WHOLE, PRECISION): resident features HEAD + TAIL wide, or, where
+    STEP is not 0, both operands in steps of STEP; WHOLE where that is exactly the width.
+    """
+    HEAD: tl.constexpr = SHAPE[0]
+    TAIL: tl.constexpr = SHAPE[1]
+    STEP: tl.constexpr = SHAPE[2]
+    WHOLE: tl.constexpr = SHAPE[3]
+    PRECISION: tl.constexpr = SHAPE[4]
+    if STEP > 0:
+        text, bags = features
+        tile = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+        for first in range(0, width, STEP):
+            rows = load_rows(image, patches, first, width, STEP, WHOLE)
+            cols = load_rows(text, bags, first, width, STEP, WHOLE)
+            tile = tl.dot(rows, tl.trans(cols), tile, input_precision=PRECISION)
+    else:
+        head, tail = features
+        rows = load_rows(image, patches, 0, width, HEAD, WHOLE)
+        tile = tl.dot(rows, tl.trans(head), input_precision=PRECISION)
+        if TAIL > 0:
+            rows = load_rows(image, patches, HEAD, width, TAIL, WHOLE)
+            tile = tl.dot(rows, tl.trans(tail), tile, input_precision=PRECISION)
+    return tile
+
+
+@triton.jit
+def claim_texts(
+    first, end, order, counts, n_bags,
+    WIDTH: tl.constexpr, SLOT: tl.constexpr, ORDERED: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """For WIDTH columns of SLOT a text, from ``first`` on: text, whether it is there, its bags."""
+    place = first + tl.arange(0, WIDTH) // SLOT
+    live = place < end
+    text = tl.minimum(place, end - 1)
+    if ORDERED:
+        text = tl.load(order + text)
+    count = tl.full((WIDTH,), n_bags, tl.int32)
+    if MASKED:
+        count = tl.load(counts + text)
+    return text.to(tl.int64), live, count
+
+
+@triton.jit
+def best_bags(
+    tile, count,
+    BLOCK_P: tl.constexpr, GROUP: tl.constexpr, SLOT: tl.constexpr, ARGMAX: tl.constexpr
+):  # fmt: skip
+    """Maximum over each slot's bags [BLOCK_P, GROUP], and the slot's column that reached it."""
+    cube = tl.reshape(tile, (BLOCK_P, GROUP, SLOT))
+    best = reduce_max(cube, 2)
+    pick = tl.zeros((BLOCK_P, GROUP), tl.int32)
+    if ARGMAX:
+        col = tl.arange(0, SLOT)[None, None, :]
+        pick = tl.min(tl.where(cube == best[:, :, None], col, NOWHERE), 2)
+        pick = tl.minimum(pick, tl.maximum(count - 1, 0)[None, :])
+    return best, pick
+
+
+@triton.jit
+def best_patches(
+    tile, run, place, first,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, ARGMAX: tl.constexpr
+):  # fmt: skip
+    """Fold rows r and r + 8 of the tile into the running maximum [BLOCK_P / 16, 8, BLOCK_N]."""
+    pairs = tl.reshape(tile, (BLOCK_P // 16, 2, 8, BLOCK_N))
+    if ARGMAX:
+        upper, lower = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
+        place = tl.where(upper > run, first, place)
+        run = nan_max(run, upper)
+        place = tl.where(lower > run, first + 8, place)
+        run = nan_max(run, lower)
+    else:
+        run = nan_max(run, reduce_max(pairs, 1))
+    return run, place
+
+
+@triton.jit
+def flush_patches(
+    run, place, length, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, ARGMAX: tl.constexpr
+):
+    """Reduce the running maximum across rows: [BLOCK_N] maxima, and the patch position of each."""
+    rows = tl.reshape(run, (BLOCK_P // 2, BLOCK_N))
+    best = reduce_max(rows, 0)
+    pick = tl.zeros((BLOCK_N,), tl.int32)
+    if ARGMAX:
+        group = tl.arange(0, BLOCK_P // 16)[:, None, None] * 16
+        place = place + (group + tl.arange(0, 8)[None, :, None])
+        place = tl.reshape(place, (BLOCK_P // 2, BLOCK_N))
+        pick = tl.min(tl.where(rows == best[None, :], place, NOWHERE), 0)
+        pick = tl.minimum(pick, length - 1)
+    return best, pick
+
+
+@triton.jit
+def with_hole(pick, best, hole, has_hole):
+    """The winner's index where a masked token, ``hole`` the first, competes with similarity 0."""
+    tied = tl.where(best == 0.0, tl.minimum(pick, hole), pick)
+    return tl.where(has_hole, tl.where(best < 0.0, hole, tied), pick)
+
+
+@triton.jit
+def sum_over_bags(
+    best, keep, count, length, n_patches,
+    GROUP: tl.constexpr, SLOT: tl.constexpr, ZERO: tl.constexpr, MEAN: tl.constexpr
+):  # fmt: skip
+    """Each text's sum of its bags' maxima [GROUP]."""
+    if ZERO:
+        best = nan_max(best, tl.where(length < n_patches, 0.0, float("-inf")))
+    best = tl.where(keep & (length > 0), best, 0.0)
+    total = tl.sum(tl.reshape(best, (GROUP, SLOT)), 1)
+    if MEAN:
+        total = total / tl.maximum(count, 1)
+    return total
+
+
+@triton.jit
+def store_bag_choice(
+    out, pick, best, plan, owner, live, count, n_bags, keep,
+    MASKED: tl.constexpr, ZERO: tl.constexpr
+):  # fmt: skip
+    """Write the bag that each patch of a tile chose, as its number in the text; -1 for no bags."""
+    if MASKED:
+        real = tl.load(plan[0] + owner[None, :] * n_bags + pick)
+        if ZERO:
+            hole = tl.load(plan[2] + owner)[None, :]
+            real = with_hole(real, best, hole, hole < n_bags)
+        pick = tl.where((count > 0)[None, :], real, -1)
+    tl.store(out, pick, mask=keep[:, None] & live[None, :])
+
+
+@triton.jit
+def store_patch_choice(
+    out, pick, best, plan, item, length, n_patches, keep,
+    MASKED: tl.constexpr, ZERO: tl.constexpr
+):  # fmt: skip
+    """Write the patch that each bag chose, as its number in the image; -1 for no patches."""
+    if MASKED:
+        real = tl.load(plan[0] + item * n_patches + tl.maximum(pick, 0))
+        if ZERO:
+            hole = tl.load(plan[2] + item)
+            real = with_hole(real, best, hole, hole < n_patches)
+        pick = tl.where(length > 0, real, -1)
+    tl.store(out, pick, mask=keep)
+
+
+@triton.jit
+def stream_image(
+    image, item, patch_stride, plan, n_patches, width, texts, features, choice,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SHAPE: tl.constexpr,
+    TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr, ZERO: tl.constexpr,
+    WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, ARGMAX: tl.constexpr
+):  # fmt: skip
+    """All patches of one image against the resident texts.
+
+    Gives the maximum over patches [BLOCK_N], the position that reached it, the sum over patches
+    [GROUP] and the number of patches that count.
+    """
+    GROUP: tl.constexpr = BLOCK_N // SLOT
+    owner, live, count, floor, n_bags, text_plan = texts
+    length = n_patches
+    if IMAGE_MASK:
+        length = tl.load(plan[1] + item)
+    run = tl.full((BLOCK_P // 16, 8, BLOCK_N), float("-inf"), tl.float32)
+    place = tl.zeros((BLOCK_P // 16, 8, BLOCK_N), tl.int32)
+    sums = tl.zeros((BLOCK_P, GROUP), tl.float32)
+    for first in range(0, length, BLOCK_P):
+        row = first + tl.arange(0, BLOCK_P)
+        keep = row < length
+        row = tl.minimum(row, length - 1)
+        if IMAGE_MASK:
+            row = tl.load(plan[0] + item * n_patches + row)
+        tile = similarity(image, row * patch_stride, features, width, BLOCK_P, BLOCK_N, SHAPE)
+        if WANTS_IMAGE:
+            best, pick = best_bags(tile, count, BLOCK_P, GROUP, SLOT, ARGMAX)
+            if ARGMAX:
+                store_bag_choice(
+                    choice[None, :] + row[:, None], pick, best, text_plan, owner, live, count,
+                    n_bags, keep, TEXT_MASK, ZERO)  # fmt: skip
+            if ZERO and TEXT_MASK:
+                best = nan_max(best, floor[None, :])
+            sums += tl.where(keep[:, None], best, 0.0)
+        if WANTS_TEXT:
+            run, place = best_patches(tile, run, place, first, BLOCK_P, BLOCK_N, ARGMAX)
+    best, pick = flush_patches(run, place, length, BLOCK_P, BLOCK_N, ARGMAX)
+    return best, pick, tl.sum(sums, 0), length
+
+
+# a kernel is compiled for a width and its strides, never again for another batch
+@triton.jit(do_not_specialize=[*SIZES, "images_per_program"])
+def maxsim_forward_kernel(
+    text, image, text_plan, image_plan, order, bounds,
+    text_to_image, image_to_text, text_argmax, image_argmax,
+    n_texts, n_images, n_bags, n_patches, width, images_per_program,
+    text_stride, bag_stride, list_stride, image_stride, patch_stride,
+    UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
+    SHAPE: tl.constexpr, ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr,
+    ZERO: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr,
+    WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, ARGMAX: tl.constexpr
+):  # fmt: skip
+    """Scores of the texts of axis 0 with the images of axis 1; ``width`` and strides in UNITs.
+
+    CANDIDATES: the one text of axis 0 has a list of images of its own, ``list_stride`` apart.
+    """
+    GROUP: tl.constexpr = BLOCK_N // SLOT
+    first, end = tl.program_id(0) * GROUP, n_texts
+    if ORDERED:
+        first, end = first + tl.load(bounds), tl.load(bounds + 1)
+    if first >= end:
+        return
+    owner, live, count = claim_texts(
+        first, end, order, text_plan[1], n_bags, GROUP, 1, ORDERED, TEXT_MASK)  # fmt: skip
+    col_owner, col_keep, col_count = claim_texts(
+        first, end, order, text_plan[1], n_bags, BLOCK_N, SLOT, ORDERED, TEXT_MASK)  # fmt: skip
+    bag = tl.arange(0, BLOCK_N) % SLOT
+    col_keep = col_keep & (bag < col_count)
+    bag = tl.maximum(tl.minimum(bag, col_count - 1), 0)
+    if TEXT_MASK:
+        bag = tl.load(text_plan[0] + col_owner * n_bags + bag)
+    width, patch_stride = width * UNIT, patch_stride * UNIT
+    bags = (col_owner * text_stride + bag.to(tl.int64) * bag_stride) * UNIT
+    features = resident(text, bags, width, SHAPE)
+    texts = owner, live, count, tl.where(count < n_bags, 0.0, float("-inf")), n_bags, text_plan
+    start = tl.program_id(1) * images_per_program
+    for i in range(start, tl.minimum(start + images_per_program, n_images)):
+        item, pair = tl.cast(i, tl.int64), tl.cast(i, tl.int64) * n_texts + owner
+        base = image + item * (image_stride * UNIT)
+        if CANDIDATES:
+            item += tl.cast(first, tl.int64) * n_images
+            pair = owner * n_images + i
+            base += tl.cast(first, tl.int64) * (list_stride * UNIT)
+        best, pick, total, length = stream_image(
+            base, item, patch_stride, image_plan, n_patches, width, texts, features,
+            image_argmax + pair * n_patches, BLOCK_P, BLOCK_N, SLOT, SHAPE,
+            TEXT_MASK, IMAGE_MASK, ZERO, WANTS_TEXT, WANTS_IMAGE, ARGMAX)  # fmt: skip
+        if WANTS_IMAGE:
+            total = tl.where(count > 0, total, 0.0)
+            if MEAN:
+                total = total / tl.maximum(length, 1)
+            tl.store(image_to_text + pair, total, mask=live)
+        if WANTS_TEXT:
+            if ARGMAX:
+                out = text_argmax + (col_owner * n_images + i) * n_bags + bag
+                store_patch_choice(
+                    out, pick, best, image_plan, item, length, n_patches, col_keep,
+                    IMAGE_MASK, ZERO)  # fmt: skip
+            total = sum_over_bags(
+                best, col_keep, count, length, n_patches, GROUP, SLOT, ZERO and IMAGE_MASK, MEAN
+            )
+            tl.store(text_to_image + owner * n_images + i, total, mask=live)

@@ -1,0 +1,198 @@
+"""Which tile each kernel uses on which GPU: plain tables, read once a launch, no autotuning.
+
+Rows were chosen from compiled code (``benchmarks/aot_report.py``): no spills in the configurations
+that it lists with Triton 3.8, and, where the shared memory allows, two programs or more on a
+multiprocessor, so that one's matrix products overlap the other's maxima. Not clean: on sm_90, masks
+on both sides spill in the backward (about 20 instructions) and in the forward with indices in slots
+of 8; Triton 3.6 spills up to 10 instructions on sm_100 with masks or candidates. None has been
+timed.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+
+SMALLEST_SLOT = 8
+SMALLEST_BLOCK = 16  # the narrowest matrix product that every target has
+LONGEST_PIECE = 32  # bags of one text that lie side by side in a backward tile
+FEW_COLUMNS = 32  # up to here a launch waits for memory, not for the matrix units
+
+
+class Tile(NamedTuple):
+    """One configuration of the scoring kernel; see ``similarity`` in maxsim.py for the widths."""
+
+    block_p: int
+    block_n: int
+    head: int
+    tail: int
+    step: int
+    warps: int
+    stages: int
+
+    def covers(self, width: int) -> bool:
+        """Whether loads need no column mask."""
+        return width % self.step == 0 if self.step else self.head + self.tail == width
+
+
+class GradientTile(NamedTuple):
+    """One configuration of a backward kernel: patches and bags of a tile, features of a program."""
+
+    block_p: int
+    block_n: int
+    span: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+# family -> (widest features, longest slot, (block_p, block_n, step, warps, stages)); step 0 keeps
+# the texts on chip
+FORWARD = {
+    "sm_80": (
+        # 64 columns: with 128, four warps of mma.sync need more than 255 registers for indices
+        (256, 32, (64, 64, 0, 4, 2)),
+        # one stage: 80 KB, so that two programs fit
+        (384, 64, (64, 64, 0, 4, 1)),
+        (None, None, (64, 128, 64, 8, 3)),
+    ),
+    "sm_90": (
+        # 64 KB: three programs at 166 registers
+        (128, 128, (64, 128, 0, 4, 2)),
+        # 96 KB: two programs; a second stage would cost the second program
+        (256, 128, (64, 128, 0, 4, 1)),
+        # half the columns keep two programs where 128 would leave one
+        (384, 64, (64, 64, 0, 4, 1)),
+        # steps read the texts again for each tile: square tiles read least from L2
+        (None, None, (128, 128, 64, 8, 3)),
+    ),
+    "sm_100": (
+        # a second stage spills where the width is no power of two
+        (256, 128, (64, 128, 0, 4, 1)),
+        # eight warps: four spill when they keep indices
+        (384, 128, (64, 128, 0, 8, 1)),
+        (None, None, (128, 128, 64, 8, 3)),
+    ),
+    # 99 KB a program (sm_86, sm_89, sm_120), a quarter of a data centre GPU's matrix rate
+    "small": (
+        (128, 64, (64, 64, 0, 4, 2)),
+        (256, 32, (64, 32, 0, 4, 1)),
+        (None, None, (64, 64, 64, 4, 2)),
+    ),
+    "interpreter": (
+        (256, 64, (32, 64, 0, 4, 1)),
+        (None, None, (32, 64, 64, 4, 1)),
+    ),
+}
+# float32 outside the matrix units: 16 fused multiply-adds a thread and step, 4 programs
+FORWARD_IEEE = (32, 64, 16, 4, 1)
+# TF32 operands are twice as wide: steps, so that any width fits
+FORWARD_TF32 = {"sm_80": (64, 64, 32, 4, 3), "small": (64, 64, 32, 4, 2)}
+FORWARD_TF32_ELSE = (64, 128, 32, 4, 3)
+
+# The owner's rows times 256 features are the accumulator: 128 registers a thread at 4 warps, 64
+# at 8 warps with a cap of 128, which keeps two programs on a multiprocessor either way.
+TEXT_GRADIENT = {
+    "sm_80": GradientTile(32, 32, 256, 4, 2),  # with 64 rows mma.sync's operands spill
+    "sm_90": GradientTile(32, 64, 256, 4, 2),  # eight warps under a cap spill with masks
+    "sm_100": GradientTile(32, 64, 256, 4, 2),
+    "small": GradientTile(32, 32, 128, 4, 2),
+    "interpreter": GradientTile(32, 64, 64, 4, 1),
+}
+IMAGE_GRADIENT = {
+    "sm_80": GradientTile(32, 32, 256, 4, 2),
+    "sm_90": GradientTile(64, 32, 256, 8, 2, 128),  # 64 bags a round spill under the cap
+    "sm_100": GradientTile(64, 32, 256, 8, 2, 128),
+    "small": GradientTile(32, 32, 128, 4, 2),
+    "interpreter": GradientTile(32, 64, 64, 4, 1),
+}
+TEXT_GRADIENT_FP32 = GradientTile(16, 64, 64, 4, 1)
+IMAGE_GRADIENT_FP32 = GradientTile(32, 32, 64, 4, 2)
+
+
+def split_width(width: int) -> tuple[int, int]:
+    """``width`` as one or two powers of two of at least 16, the smallest sum that covers it."""
+    head = max(16, 1 << (width.bit_length() - 1))
+    rest = max(width - head, 0)
+    tail = max(16, triton.next_power_of_2(rest)) if rest else 0
+    return (2 * head, 0) if tail == head else (head, tail)
+
+
+def slot_of(n_bags: int) -> int:
+    """Columns that a text of ``n_bags`` takes."""
+    return max(SMALLEST_SLOT, triton.next_power_of_2(n_bags))
+
+
+def common_unit(*strides: int) -> int:
+    """8 if it divides every stride, else 1.
+
+    Kernels are given strides in these units, so that the compiler knows rows to be 16-byte aligned
+    also where a width is a multiple of 8 but not of 16, and loads them eight values at a time.
+    """
+    return 8 if all(stride % 8 == 0 for stride in strides) else 1
+
+
+def images_per_program(device: torch.device, groups: int, n_images: int, limit: int) -> int:
+    """Enough images to spread the cost of loading the texts, few enough to fill it 16 times."""
+    sms = 1
+    if device.type == "cuda":
+        sms = torch.cuda.get_device_properties(device).multi_processor_count
+    run = min(16, groups * n_images // (16 * sms))
+    return max(run, 1, triton.cdiv(n_images, limit))
+
+
+def family_of(device: torch.device) -> str:
+    """Row of the tables for a device; the interpreter's CPU takes small tiles."""
+    if device.type != "cuda":
+        return "interpreter"
+    major, _ = torch.cuda.get_device_capability(device)
+    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+    if shared < 160 * 1024:
+        return "small"
+    return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
+
+
+def forward_tile(
+    device: torch.device, dtype: torch.dtype, width: int, slot: int, n_texts: int, precision: str
+) -> Tile:
+    """Tile for ``n_texts`` texts in slots of ``slot`` columns."""
+    family = family_of(device)
+    head, tail = split_width(width)
+    if dtype == torch.float32:
+        tf32 = FORWARD_TF32.get(family, FORWARD_TF32_ELSE)
+        row = FORWARD_IEEE if precision == "ieee" else tf32
+    else:
+        row = next(
+            row
+            for widest, longest, row in FORWARD[family]
+            if widest is None or (head + tail <= widest and slot <= longest)
+        )
+    block_p, block_n, step, warps, stages = row
+    block_n = max(slot, min(block_n, max(SMALLEST_BLOCK, slot * triton.next_power_of_2(n_texts))))
+    if block_n <= FEW_COLUMNS and not step and head + tail <= 256 and family != "interpreter":
+        stages = 3 if family != "small" else 1
+    return Tile(block_p, block_n, 0 if step else head, 0 if step else tail, step, warps, stages)
+
+
+def _narrowed(tile: GradientTile, width: int, slot: int, n_texts: int) -> GradientTile:
+    most = max(SMALLEST_BLOCK, slot * triton.next_power_of_2(n_texts))
+    span = max(SMALLEST_BLOCK, min(tile.span, triton.next_power_of_2(width)))
+    return tile._replace(block_n=max(slot, min(tile.block_n, most)), span=span)
+
+
+def text_gradient_tile(
+    device: torch.device, dtype: torch.dtype, width: int, slot: int, n_texts: int
+) -> GradientTile:
+    """Tile of the kernel that owns texts."""
+    wide = dtype == torch.float32
+    tile = TEXT_GRADIENT_FP32 if wide else TEXT_GRADIENT[family_of(device)]
+    return _narrowed(tile, width, slot, n_texts)
+
+
+def image_gradient_tile(
+    device: torch.device, dtype: torch.dtype, width: int, slot: int, n_texts: int
+) -> GradientTile:
+    """Tile of the kernel that owns patches."""
+    wide = dtype == torch.float32
+    tile = IMAGE_GRADIENT_FP32 if wide else IMAGE_GRADIENT[family_of(device)]
+    return _narrowed(tile, width, slot, n_texts)

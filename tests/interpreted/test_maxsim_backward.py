@@ -1,0 +1,168 @@
+"""Gradients of the scores against autograd through the reference in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from bagformer.kernels import gradients, scoring
+from bagformer.kernels.gradients import maxsim_backward
+from bagformer.kernels.scoring import maxsim_forward
+from support.judging import judge
+
+from bagformer import reference
+
+# texts, bags, images, patches, width
+SHAPES = [
+    (1, 1, 1, 1, 8),
+    (5, 8, 3, 33, 64),
+    (3, 9, 2, 31, 96),
+    (2, 33, 3, 35, 136),
+    (2, 5, 2, 18, 37),
+]
+
+
+def make(shape, device, dtype, masked=True, candidates=0, seed=0):
+    n_texts, n_bags, n_images, n_patches, width = shape
+    generator = torch.Generator().manual_seed(seed + sum(shape))
+    lead = (n_texts, candidates) if candidates else (n_images,)
+    text = torch.randn(n_texts, n_bags, width, generator=generator).to(device, dtype)
+    image = torch.randn(*lead, n_patches, width, generator=generator).to(device, dtype)
+    turned = lead if candidates else (n_images, n_texts)
+    slopes = tuple(
+        torch.randn(size, generator=generator).to(device)
+        for size in ((n_texts, candidates or n_images), turned)
+    )
+    if not masked:
+        return text, image, None, None, slopes
+    text_mask = torch.rand(n_texts, n_bags, generator=generator) < 0.7
+    image_mask = torch.rand(*lead, n_patches, generator=generator) < 0.7
+    text_mask[-1], image_mask.view(-1, n_patches)[0] = False, False
+    return text, image, text_mask.to(device), image_mask.to(device), slopes
+
+
+def autograd(text, image, text_mask, image_mask, slopes, mode, mean):
+    leaves = text.clone().requires_grad_(), image.clone().requires_grad_()
+    scores = reference.maxsim(
+        *leaves, text_mask=text_mask, image_mask=image_mask, mask_mode=mode,
+        reduction="mean" if mean else "sum",
+    )  # fmt: skip
+    total = sum(
+        (score * slope.to(score.dtype)).sum()
+        for score, slope in zip(scores[:2], slopes, strict=True)
+        if slope is not None
+    )
+    return torch.autograd.grad(total, leaves)
+
+
+def check(operands, mode="exclude", mean=False, slack=None, saved=True):
+    text, image, text_mask, image_mask, slopes = operands
+    argmax = (None, None)
+    if saved:
+        outputs = maxsim_forward(
+            text, image, text_mask, image_mask, mode, slopes[0] is not None,
+            slopes[1] is not None, mean, want_argmax=True,
+        )  # fmt: skip
+        argmax = outputs[2:]
+    got = maxsim_backward(*slopes, text, image, text_mask, image_mask, *argmax, mode, mean)
+    truth = autograd(text.double(), image.double(), text_mask, image_mask, slopes, mode, mean)
+    theirs = autograd(*operands, mode, mean)
+    slack = slack or {torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 6e-3}[text.dtype]
+    for ours, other, true in zip(got, theirs, truth, strict=True):
+        assert ours.dtype == text.dtype
+        judge(ours, other, true, slack)
+    return got
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_matches_autograd(device, shape, dtype):
+    check(make(shape, device, dtype, masked=shape[0] != 5))
+
+
+@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("mode", reference.MASK_MODES)
+@pytest.mark.parametrize("candidates", [0, 2])
+def test_masks_and_reductions(device, candidates, mode, mean):
+    operands = make((4, 11, 3, 34, 64), device, torch.float32, candidates=candidates)
+    got = check(operands, mode, mean)
+    assert not got[0][~operands[2]].any() and not got[1][~operands[3]].any()
+
+
+@pytest.mark.parametrize("saved", [True, False])
+@pytest.mark.parametrize("lost", [0, 1])
+def test_one_direction(device, lost, saved):
+    *operands, slopes = make((3, 9, 2, 20, 32), device, torch.float32)
+    kept = tuple(None if place == lost else slope for place, slope in enumerate(slopes))
+    check((*operands, kept), saved=saved)
+
+
+@pytest.mark.parametrize("candidates", [0, 2])
+def test_indices_are_recomputed_when_not_saved(device, monkeypatch, candidates):
+    operands = make((5, 10, 2, 36, 32), device, torch.bfloat16, candidates=candidates)
+    whole = check(operands)
+    again = check(operands, saved=False)
+    monkeypatch.setattr(gradients, "INDEX_BYTES", 1)
+    for one, two, three in zip(whole, again, check(operands, saved=False), strict=True):
+        assert torch.equal(one, two)
+        torch.testing.assert_close(one, three, rtol=2**-7, atol=1e-6)
+
+
+def test_sorted_texts(device, monkeypatch):
+    monkeypatch.setattr(scoring, "SORTED_PAIRS", 0)
+    text, image, _, image_mask, slopes = make((7, 30, 3, 20, 32), device, torch.float32)
+    counts = torch.tensor([30, 3, 8, 0, 17, 16, 9], device=device)
+    text_mask = torch.arange(30, device=device) < counts[:, None]
+    for mode in reference.MASK_MODES:
+        check((text, image, text_mask, image_mask, slopes), mode)
+
+
+@pytest.mark.parametrize("candidates", [0, 2])
+def test_long_texts(device, candidates):
+    check(make((2, 131, 2, 20, 32), device, torch.float32, candidates=candidates))
+
+
+def test_tiny_gradients_survive_float16(device):
+    *operands, slopes = make((4, 9, 3, 33, 64), device, torch.float16)
+    tiny = tuple(slope * 2.0**-30 for slope in slopes)
+    got = maxsim_backward(*tiny, *operands)
+    want = maxsim_backward(*slopes, *operands)
+    for ours, full in zip(got, want, strict=True):
+        small = torch.finfo(torch.float16).smallest_normal * 2.0**-10
+        torch.testing.assert_close(ours.float(), full.float() * 2.0**-30, rtol=1e-2, atol=small)
+
+
+def test_unwanted_sides_and_absent_gradients(device):
+    *operands, slopes = make((3, 9, 2, 20, 32), device, torch.float32)
+    both = maxsim_backward(*slopes, *operands)
+    text, none = maxsim_backward(*slopes, *operands, wants_image=False)
+    assert torch.equal(text, both[0]) and none.shape == (0, 0, 0)
+    none, image = maxsim_backward(*slopes, *operands, wants_text=False)
+    assert torch.equal(image, both[1]) and none.shape == (0, 0, 0)
+    assert not any(grad.any() for grad in maxsim_backward(None, None, *operands))
+
+
+def test_strided_operands_and_empty_ones(device):
+    text, image, text_mask, image_mask, slopes = make((4, 10, 4, 30, 40), device, torch.float32)
+    views = text[::2, 1:, :32], image[1::2, 2:, 8:], text_mask[::2, 1:], image_mask[1::2, 2:]
+    check((*views, tuple(slope[::2, ::2] for slope in slopes)))
+    empty = maxsim_backward(*slopes, text[:, :0], image)
+    assert empty[0].shape == (4, 0, 40) and not empty[1].any()
+
+
+def test_a_masked_nan_has_no_effect(device):
+    text, image, text_mask, image_mask, slopes = make((3, 9, 3, 20, 32), device, torch.float32)
+    clean = maxsim_backward(*slopes, text, image, text_mask, image_mask, mask_mode="zero")
+    dirty = maxsim_backward(
+        *slopes, text.masked_fill(~text_mask[..., None], float("nan")),
+        image.masked_fill(~image_mask[..., None], float("nan")),
+        text_mask, image_mask, mask_mode="zero",
+    )  # fmt: skip
+    assert all(torch.equal(left, right) for left, right in zip(clean, dirty, strict=True))
+
+
+def test_the_same_bits_every_time(device):
+    operands = make((5, 9, 3, 33, 64), device, torch.bfloat16)
+    first = maxsim_backward(*operands[4], *operands[:4])
+    for _ in range(20 if device.type == "cuda" else 2):
+        again = maxsim_backward(*operands[4], *operands[:4])
+        assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))

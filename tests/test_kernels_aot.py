@@ -1,0 +1,82 @@
+"""Kernels compile for GPUs that are not here, and the machine code is what the tables plan.
+
+Compiled afresh in a process of its own: an interpreted kernel cannot be compiled, and a cache could
+hold what an older kernel gave.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+ROOT = Path(__file__).resolve().parent.parent
+TARGETS = ("sm_80", "sm_90", "sm_100")
+MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+SCORING = ("maxsim_forward_kernel", "grad_text_kernel", "grad_image_kernel")
+
+
+@pytest.fixture(scope="module", params=TARGETS)
+def rows(request, tmp_path_factory) -> list[dict]:
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path_factory.mktemp("triton"))
+    done = subprocess.run(
+        [
+            sys.executable, str(ROOT / "benchmarks" / "aot_report.py"),
+            "--json", "--quick", "--target", request.param,
+        ],
+        env=env, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)["rows"]
+    assert {row["target"] for row in found} == {request.param}
+    return found
+
+
+def _of_tensor_cores(rows: list[dict]) -> list[dict]:
+    found = [row for row in rows if row["kernel"] in SCORING and "fp32" not in row["config"]]
+    assert len(found) >= 8
+    return found
+
+
+def test_nothing_spills(rows):
+    assert {row["kernel"] for row in rows} >= {
+        *SCORING, "nan_argmax_kernel", "bag_pool_forward_kernel", "bag_pool_backward_kernel",
+        "l2_normalize_forward_kernel", "l2_normalize_backward_kernel", "compact_kernel",
+        "bucket_kernel", "merge_kernel", "unpack_kernel",
+    }  # fmt: skip
+    assert [row for row in rows if row["spills"]] == []
+    assert all(row["programs_per_sm"] >= 1 for row in rows)
+
+
+def test_matrix_units_are_the_target_s_own(rows):
+    for row in _of_tensor_cores(rows):
+        assert MATRIX[row["target"]] in row["mma"], row
+    assert all(not row["mma"] for row in rows if row["config"].startswith("fp32")), "not true fp32"
+
+
+def test_two_programs_share_a_multiprocessor(rows):
+    for row in _of_tensor_cores(rows):
+        if "D=768" not in row["config"]:
+            assert row["programs_per_sm"] >= 2, row
+
+
+def test_the_committed_report_is_of_these_kernels(rows):
+    """Same kernels and configurations; with the same Triton, the same registers and bytes."""
+    import triton
+
+    results = ROOT / "benchmarks" / "results"
+    path = results / f"aot_triton_{triton.__version__}.json"
+    same = path.exists()
+    committed = json.loads((path if same else results / "aot_triton_3.8.0.json").read_text())
+    assert "not measurements" in committed["note"]
+    known = {(row["kernel"], row["config"], row["target"]): row for row in committed["rows"]}
+    for row in rows:
+        key = row["kernel"], row["config"], row["target"]
+        assert key in known, f"run `python benchmarks/aot_report.py --json`: {key} is new"
+        assert not same or row == known[key]
