@@ -63,7 +63,13 @@ class DictionaryReport:
 
 
 def token_ids_of(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
-    """Ids of ``tokens``. Raises ValueError for one that the vocabulary lacks."""
+    """Ids of ``tokens``. Raises ValueError for one that the vocabulary lacks, TypeError for a
+    tokenizer that is none."""
+    if not hasattr(tokenizer, "convert_tokens_to_ids") and (tokens or not callable(tokenizer)):
+        raise TypeError(
+            "tokenizer must have tokenize and convert_tokens_to_ids, "
+            f"got {type(tokenizer).__name__}"
+        )
     if not tokens:
         return []
     ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
@@ -95,7 +101,13 @@ def encode_dictionary(
     for lines in _batches(_read_lines(path, on_error, counts)):
         rows = _encode(tokenizer, lines)
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-        ids = np.fromiter((token for row in rows for token in row), np.int64, int(lengths.sum()))
+        try:
+            tokens = (token for row in rows for token in row)
+            ids = np.fromiter(tokens, np.int64, int(lengths.sum()))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{path}: the tokenizer gives a token of lines up to {counts['lines']} no int id"
+            ) from None
         keep = lengths > 0
         counts["blank"] += int((~keep).sum())
         if unknown_id is not None:

@@ -193,3 +193,22 @@ def test_a_long_line_is_not_cut_at_a_carriage_return(write, tail):
     assert with_long.report.lines == 2 + tail.endswith(b"nike") and with_long.report.long == 1
     with pytest.raises(ValueError, match="line 1: more than 65536 bytes"):
         BagSegmenter.from_dictionary(write(b"n" * 65537 + b"\r" + tail), Letters())
+
+
+class NoUnknown(Letters):
+    """A tokenizer without an unknown token: None for what it does not know."""
+
+    unk_token = unk_token_id = None
+
+    def convert_tokens_to_ids(self, tokens):
+        return [None if token == "x" else 5 for token in tokens]
+
+
+def test_tokenizers_that_are_none_or_know_no_id(write):
+    path = write("红\nx\n")
+    with pytest.raises(TypeError, match=r"^tokenizer must have tokenize and .* got int"):
+        BagSegmenter.from_dictionary(path, 5, masked_tokens=())
+    with pytest.raises(TypeError, match=r"^tokenizer must have tokenize and .* got function"):
+        BagSegmenter.from_dictionary(path, lambda lines: {})
+    with pytest.raises(ValueError, match=r"entities.txt: the tokenizer gives .* up to 2 no int id"):
+        BagSegmenter.from_dictionary(path, NoUnknown(), masked_tokens=())
