@@ -170,8 +170,9 @@ class BagSegmenter:
             on_error: ``raise``, or ``skip`` to leave malformed lines out and count them.
 
         Raises:
+            TypeError: ``tokenizer`` has no such methods.
             ValueError: a line is not UTF-8, holds a NUL or is absurdly long (the text names file
-                and line), or a masked token is not in the vocabulary.
+                and line), a masked token is not in the vocabulary, or a token has no id.
         """
         masked_ids = token_ids_of(tokenizer, masked_tokens)
         builder = _builder(matcher, masked_ids)
