@@ -133,6 +133,8 @@ class BagSegmenter:
     """
 
     report: DictionaryReport | None = None
+    _file: tuple[Path, int, int, int] | None
+    _sha256: str | None
 
     def __init__(
         self,
@@ -266,8 +268,7 @@ class BagSegmenter:
         except ValueError as error:
             raise ValueError(f"input_ids: {error}") from None
         bags = Bags(*map(torch.from_numpy, fields))
-        on_cpu = not isinstance(input_ids, Tensor) or input_ids.device.type == "cpu"
-        return bags if on_cpu else bags.to(input_ids.device)
+        return bags.to(input_ids.device) if isinstance(input_ids, Tensor) else bags
 
     @property
     def matcher(self) -> str:
@@ -305,8 +306,8 @@ class BagSegmenter:
     def _adopt(self, image: Any) -> None:
         self._image = image
         self._automaton = _C.BagAutomaton(image)
-        self._file: tuple[Path, int, int, int] | None = None
-        self._sha256: str | None = None
+        self._file = None
+        self._sha256 = None
 
     def _remember(self, path: Path) -> None:
         self._file = _identify(path)
