@@ -226,7 +226,7 @@ def _pool(shape: dict[str, int], dtype: torch.dtype) -> None:
     offsets = _empty(texts, bags + 1, dtype=torch.int32)
     mask = _empty(texts, bags, dtype=torch.bool)
     bag_pool.bag_pool_forward(hidden, offsets, mask, True)
-    bag_pool.bag_pool_backward(hidden, hidden, offsets, mask, True)
+    bag_pool.bag_pool_backward(hidden, hidden, offsets, mask, hidden.shape[1])
     normalize.l2_normalize_forward(hidden)
     normalize.l2_normalize_backward(hidden, hidden)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -10,8 +11,8 @@ import pytest
 import torch
 from support.makers import features
 
-from bagformer import explain_backend, l2_normalize, maxsim
-from bagformer.ops import _native
+from bagformer import bag_pool, explain_backend, l2_normalize, maxsim, maxsim_topk
+from bagformer.ops import _native, _triton
 from bagformer.ops.backend import choose_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -22,8 +23,95 @@ def test_argument_beats_environment_beats_default(monkeypatch):
     monkeypatch.setenv("BAGFORMER_BACKEND", "reference")
     assert choose_backend("maxsim", CPU, torch.float32).backend == "reference"
     assert choose_backend("maxsim", CPU, torch.float32, "torch").backend == "torch"
-    monkeypatch.delenv("BAGFORMER_BACKEND")
-    assert choose_backend("maxsim", CUDA, torch.float32).backend == "torch"
+
+
+@pytest.fixture
+def a_gpu(monkeypatch):
+    """As if Triton were installed and the GPU, if it is looked at, were an H100."""
+    monkeypatch.setattr(_triton, "available", lambda: True)
+    monkeypatch.setattr(_triton, "_capability", lambda device: (9, 0))
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.delenv("BAGFORMER_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_triton_serves_cuda_tensors(a_gpu, dtype):
+    choice = choose_backend("maxsim", CUDA, dtype)
+    assert choice.backend == "triton"
+    assert choice.reason == f"{dtype} tensors on cuda and triton is installed"
+    assert choose_backend("maxsim", CUDA, dtype, "torch").backend == "torch"
+    assert choose_backend("maxsim", CUDA, dtype, "triton").reason == "backend='triton' asks for it"
+
+
+def test_what_triton_does_not_serve_goes_to_torch(a_gpu, monkeypatch):
+    choice = choose_backend("maxsim", CUDA, torch.float64)
+    assert choice.backend == "torch"
+    assert choice.reason == (
+        "the Triton kernels take float32, bfloat16 and float16, got torch.float64"
+    )
+    choice = choose_backend("maxsim", torch.device("mps"), torch.float32)
+    assert choice.backend == "torch" and "no kernels of our own for mps" in choice.reason
+    monkeypatch.setattr(_triton, "_capability", lambda device: (7, 5))
+    choice = choose_backend("maxsim", CUDA, torch.float32)
+    assert choice.backend == "torch" and "need compute capability 8.0" in choice.reason
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    choice = choose_backend("maxsim", CUDA, torch.float32)
+    assert choice.backend == "torch" and "written for NVIDIA GPUs" in choice.reason
+
+
+def test_without_triton_cuda_tensors_go_to_torch(a_gpu, monkeypatch):
+    monkeypatch.setattr(_triton, "available", lambda: False)
+    choice = choose_backend("maxsim", CUDA, torch.float32)
+    assert choice.backend == "torch" and "triton is not installed" in choice.reason
+    with pytest.raises(ImportError, match=r"backend='triton': triton is not installed \(python -m"):
+        choose_backend("maxsim", CUDA, torch.float32, "triton")
+
+
+def test_triton_takes_cpu_tensors_in_the_interpreter_alone(a_gpu, monkeypatch):
+    refusal = r"backend='triton': the Triton kernels need CUDA tensors, got tensors on cpu"
+    for call in (
+        lambda: maxsim(features(1, 2, 3), features(1, 2, 3), backend="triton"),
+        lambda: maxsim_topk(features(1, 2, 3), features(1, 2, 3), 1, backend="triton"),
+        lambda: l2_normalize(features(2, 3), backend="triton"),
+        lambda: bag_pool(features(1, 2, 3), torch.tensor([[0, 2]]), backend="triton"),
+    ):
+        with pytest.raises(ValueError, match=refusal):
+            call()
+    with pytest.raises(ValueError, match=r"backend='triton': .* got torch.float64"):
+        choose_backend("maxsim", CUDA, torch.float64, "triton")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert choose_backend("maxsim", CPU, torch.float32, "triton").backend == "triton"
+    assert choose_backend("maxsim", CPU, torch.float32).backend == "cpu"
+    monkeypatch.setenv("BAGFORMER_BACKEND", "triton")
+    assert choose_backend("maxsim", CPU, torch.float32).backend == "triton"
+    with pytest.raises(ValueError, match=r"BAGFORMER_BACKEND='triton': .* on meta"):
+        choose_backend("maxsim", torch.device("meta"), torch.float32)
+
+
+def test_an_installed_triton_is_found_without_importing_it():
+    _triton.available.cache_clear()
+    assert _triton.available() == (importlib.util.find_spec("triton") is not None)
+
+
+LAZY = """
+import sys
+sys.modules["torch.utils.flop_counter"] = type(sys)("flop_counter")  # it imports triton itself
+sys.modules["torch.utils.flop_counter"].register_flop_formula = lambda op: lambda formula: formula
+import torch, bagformer
+text = torch.ones(1, 2, 3, requires_grad=True)
+bagformer.maxsim(text, torch.ones(1, 4, 3)).text_to_image.sum().backward()
+bagformer.maxsim_topk(text, text.detach(), 1)
+bagformer.l2_normalize(text)
+bagformer.bag_pool(text, torch.tensor([[0, 2]]))
+bagformer.explain_backend("maxsim", text, text)
+assert "bagformer.kernels" not in sys.modules and "triton" not in sys.modules
+"""
+
+
+def test_nothing_of_triton_is_imported_before_it_runs():
+    subprocess.run([sys.executable, "-c", LAZY], check=True)
 
 
 def test_impossible_choices(monkeypatch):

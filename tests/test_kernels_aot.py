@@ -80,3 +80,21 @@ def test_the_committed_report_is_of_these_kernels(rows):
         key = row["kernel"], row["config"], row["target"]
         assert key in known, f"run `python benchmarks/aot_report.py --json`: {key} is new"
         assert not same or row == known[key]
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_what_the_operators_launch_compiles_and_fits(target, tmp_path):
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    env["TRITON_CACHE_DIR"] = str(tmp_path)
+    script = ROOT / "tests" / "support" / "offline_launches.py"
+    done = subprocess.run(
+        [sys.executable, str(script), target], env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert {row["kernel"] for row in found} == {
+        *SCORING, "nan_argmax_kernel", "bag_pool_forward_kernel", "bag_pool_backward_kernel",
+        "l2_normalize_backward_kernel", "compact_kernel", "merge_kernel", "unpack_kernel",
+    }  # fmt: skip
+    assert len({row["call"] for row in found}) == 6
+    assert [row for row in found if row["programs_per_sm"] < 1] == []

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bagformer import reference
-from bagformer.ops import _maxsim_cpu, _maxsim_torch
+from bagformer.ops import _maxsim_cpu, _maxsim_torch, _maxsim_triton
 from bagformer.ops._library import define, differentiate
 from bagformer.ops._maxsim_torch import Options, argmax_dtype, narrow_argmax
 from bagformer.ops.backend import choose_backend
@@ -46,6 +46,11 @@ def _outputs(
     return made[0], made[1], made[2], made[3]
 
 
+def _chosen(text: Tensor, image: Tensor, backend: str) -> str:
+    op = "maxsim" if image.dim() == 3 else "maxsim_candidates"
+    return choose_backend(op, text.device, text.dtype, backend).backend
+
+
 def run(
     text: Tensor,
     image: Tensor,
@@ -58,9 +63,10 @@ def run(
     precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    op = "maxsim" if image.dim() == 3 else "maxsim_candidates"
-    chosen = choose_backend(op, text.device, text.dtype, backend).backend
+    chosen = _chosen(text, image, backend)
     options = Options(mask_mode, directions, reduction, precision)
+    if chosen == "triton":
+        return _maxsim_triton.forward(text, image, text_mask, image_mask, options, argmax)
     outputs = _outputs(text, image, options, argmax)
     if chosen == "cpu":
         _maxsim_cpu.forward(text, image, text_mask, image_mask, options, outputs)
@@ -126,17 +132,18 @@ def _run_backward(
     wants_text: bool,
     wants_image: bool,
 ) -> tuple[Tensor, Tensor]:
+    grads = grad_text_to_image, grad_image_to_text
+    sides = text, image, text_mask, image_mask
+    winners = text_argmax, image_argmax
+    if _chosen(text, image, backend) == "triton":
+        options = Options(mask_mode, _directions(*grads) or "both", reduction, precision)
+        wants = wants_text, wants_image
+        return _maxsim_triton.backward(grads, *sides, winners, options, wants, wide=False)
     wide = reference.accumulation_dtype(text.dtype)
     grad_text = text.new_zeros(text.shape if wants_text else [0] * 3, dtype=wide)
     grad_image = image.new_zeros(image.shape if wants_image else [0] * image.dim(), dtype=wide)
-    accumulate_backward(
-        (grad_text_to_image, grad_image_to_text),
-        (text, image, text_mask, image_mask),
-        (text_argmax, image_argmax),
-        (mask_mode, reduction, precision),
-        backend,
-        (grad_text, grad_image),
-    )
+    settings = mask_mode, reduction, precision
+    accumulate_backward(grads, sides, winners, settings, backend, (grad_text, grad_image))
     return grad_text.to(text.dtype), grad_image.to(image.dtype)
 
 
@@ -154,10 +161,15 @@ def accumulate_backward(
         return
     text, image = sides[:2]
     mask_mode, reduction, precision = settings
-    op = "maxsim" if image.dim() == 3 else "maxsim_candidates"
-    chosen = choose_backend(op, text.device, text.dtype, backend).backend
-    run = _maxsim_cpu.backward if chosen == "cpu" else _maxsim_torch.backward
+    chosen = _chosen(text, image, backend)
     options = Options(mask_mode, directions, reduction, precision)
+    if chosen == "triton":
+        wants = totals[0].numel() > 0, totals[1].numel() > 0
+        found = _maxsim_triton.backward(grads, *sides, winners, options, wants, wide=True)
+        for total, part in zip(totals, found, strict=True):
+            total += part
+        return
+    run = _maxsim_cpu.backward if chosen == "cpu" else _maxsim_torch.backward
     run(grads, *sides, winners, options, *totals)
 
 

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from bagformer.ops import _native
+from bagformer.ops import _maxsim_triton, _native, _triton
 from bagformer.ops._checks import check_choice, check_tensor
 
-BACKENDS = ("cpu", "torch", "reference")
+BACKENDS = ("cpu", "triton", "torch", "reference")
 OPERATORS = ("bag_pool", "l2_normalize", "maxsim", "maxsim_candidates", "maxsim_topk")
 ENVIRONMENT = "BAGFORMER_BACKEND"
 
@@ -26,14 +26,19 @@ def choose_backend(
 ) -> Choice:
     """The backend of one operator call.
 
-    - ``cpu``: the C++ kernels. ``torch``: plain PyTorch in chunks, on any device.
-      ``reference``: the slow truth of ``bagformer.reference``.
+    - ``cpu``: the C++ kernels. ``triton``: the Triton kernels, for float32, bfloat16 and float16
+      on NVIDIA GPUs. ``torch``: plain PyTorch in chunks, on any device. ``reference``: the slow
+      truth of ``bagformer.reference``.
     - ``override`` wins over the environment variable ``BAGFORMER_BACKEND``, which wins over the
-      default: ``cpu`` for CPU tensors where the extension is built, else ``torch``.
+      default: ``cpu`` for CPU tensors where the extension is built, ``triton`` for CUDA tensors
+      where it can serve them, else ``torch``.
+    - With ``TRITON_INTERPRET=1`` in the environment ``triton`` may be asked for on CPU tensors too:
+      they run, very slowly, in Triton's interpreter.
 
     Raises:
         ValueError: an unknown name, or a backend that cannot run on ``device``.
-        ImportError: ``cpu`` was asked for and the extension is not built.
+        ImportError: ``cpu`` was asked for and the extension is not built, or ``triton`` and it is
+            not installed.
     """
     asked, source = override, "backend="
     if asked == "auto":
@@ -43,8 +48,19 @@ def choose_backend(
         if device.type != "cpu":
             raise ValueError(f"{source}'cpu' needs CPU tensors, got tensors on {device}")
         _native.load()
+    if asked == "triton":
+        obstacle = _triton.obstacle(device, dtype)
+        if obstacle:
+            raise ValueError(f"{source}'triton': {obstacle}")
+        if not _triton.available():
+            raise ImportError(f"{source}'triton': {_triton.load_error()}")
     if asked != "auto":
         return Choice(asked, f"{source}{asked!r} asks for it")
+    if device.type == "cuda":
+        obstacle = _triton.obstacle(device, dtype)
+        if obstacle is None and _triton.available():
+            return Choice("triton", f"{dtype} tensors on {device.type} and triton is installed")
+        return Choice("torch", obstacle or _triton.load_error())
     if device.type != "cpu":
         return Choice("torch", f"there are no kernels of our own for {device.type} tensors")
     if not _native.available():
@@ -58,7 +74,8 @@ def explain_backend(op: str, *tensors: Tensor, backend: str = "auto") -> str:
     Args:
         op: one of ``bag_pool``, ``l2_normalize``, ``maxsim``, ``maxsim_candidates``,
             ``maxsim_topk``.
-        tensors: the operator's tensors; the first decides device and dtype.
+        tensors: the operator's tensors; the first decides device and dtype. Given text and image,
+            the line for ``triton`` also says which tiles the scoring kernel would use.
         backend: what would be passed as ``backend=``.
     """
     check_choice("op", op, OPERATORS)
@@ -73,4 +90,6 @@ def explain_backend(op: str, *tensors: Tensor, backend: str = "auto") -> str:
     )
     if choice.backend == "cpu":
         line += f"; {_native.describe()}"
+    if choice.backend == "triton" and op.startswith("maxsim") and len(tensors) > 1:
+        line += f"; {_maxsim_triton.describe(first, tensors[1])}"
     return line

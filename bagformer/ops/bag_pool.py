@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bagformer import reference
-from bagformer.ops import _native
+from bagformer.ops import _bag_pool_triton, _native
 from bagformer.ops._checks import (
     check_choice,
     check_features,
@@ -88,6 +88,8 @@ def _run(
     device, dtype = hidden_states.device, hidden_states.dtype
     chosen = choose_backend("bag_pool", device, dtype, backend).backend
     check_offset_values(offsets, hidden_states.shape[1])
+    if chosen == "triton":
+        return _bag_pool_triton.forward(hidden_states, offsets, mask, normalize, eps)
     output = _empty_output(hidden_states, offsets)
     if chosen == "cpu":
         _native.load().bag_pool(
@@ -121,6 +123,8 @@ def _run_backward(
     """``hidden_states`` is needed, and given, only where the forward normalised."""
     chosen = choose_backend("bag_pool", grad.device, grad.dtype, backend).backend
     check_offset_values(offsets, tokens)
+    if chosen == "triton":
+        return _bag_pool_triton.backward(grad, hidden_states, offsets, mask, tokens, eps)
     batch, n_bags, width = grad.shape
     output = grad.new_empty([batch, tokens, width])
     if chosen == "cpu":
@@ -227,7 +231,7 @@ def bag_pool(
         mask: bool ``[B, N]``; a bag where it is False becomes a zero vector without gradient,
             whatever its tokens hold. A ``Bags`` object's own mask is not applied unless passed.
         normalize: divide each bag row by its norm, clamped from below at ``eps``.
-        backend: ``"auto"``, ``"cpu"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         ``[B, N, D]`` in the dtype of ``hidden_states``, summed in token order in at least float32

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from bagformer import reference
-from bagformer.ops import _native
+from bagformer.ops import _l2_normalize_triton, _native
 from bagformer.ops._checks import FLOATS, check_choice, check_no_tangent, check_tensor
 from bagformer.ops._library import define, differentiate
 from bagformer.ops.backend import BACKENDS, choose_backend
@@ -37,6 +37,8 @@ def check_eps(eps: Any) -> None:
 
 def _run(x: Tensor, eps: float, backend: str) -> Tensor:
     chosen = choose_backend("l2_normalize", x.device, x.dtype, backend).backend
+    if chosen == "triton":
+        return _l2_normalize_triton.forward(x, eps)
     output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if chosen == "cpu":
         rows = x.reshape(-1, x.shape[-1]) if x.numel() else x.new_empty(0, x.shape[-1])
@@ -50,6 +52,8 @@ def _run(x: Tensor, eps: float, backend: str) -> Tensor:
 
 def _run_backward(grad: Tensor, x: Tensor, eps: float, backend: str) -> Tensor:
     chosen = choose_backend("l2_normalize", x.device, x.dtype, backend).backend
+    if chosen == "triton":
+        return _l2_normalize_triton.backward(grad, x, eps)
     output = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if chosen == "cpu":
         shape = (-1 if x.numel() else 0, x.shape[-1])
@@ -119,7 +123,7 @@ def l2_normalize(x: Tensor, eps: float = 1e-12, *, backend: str = "auto") -> Ten
     Args:
         x: ``[..., D]`` float32, bfloat16, float16 or float64, any strides.
         eps: least norm, positive.
-        backend: ``"auto"``, ``"cpu"``, ``"torch"`` or ``"reference"``.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
         A contiguous tensor of the shape and dtype of ``x``. Differentiable once.

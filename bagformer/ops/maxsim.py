@@ -112,7 +112,8 @@ def maxsim(
         return_argmax: also say which token won each maximum.
         precision: the least that is accepted for float32 products, ``"fp32"``, ``"tf32"`` or
             ``"bf16"``. A backend may compute better: the C++ kernels are always exact float32.
-        backend: ``"auto"``, ``"cpu"``, ``"torch"`` or ``"reference"``; see ``explain_backend``.
+        backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"torch"`` or ``"reference"``; see
+            ``explain_backend``.
 
     Returns:
         ``MaxSimScores(text_to_image [Nt, Ni], image_to_text [Ni, Nt], text_argmax [Nt, Ni, N],

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bagformer.ops import _maxsim_ops
+from bagformer.ops import _maxsim_ops, _maxsim_topk_triton
 from bagformer.ops._checks import check_choice
 from bagformer.ops._library import define, differentiate
+from bagformer.ops.backend import choose_backend
 from bagformer.ops.maxsim import check_options, check_sides
 from bagformer.reference import TopK, accumulation_dtype
 
@@ -53,6 +54,12 @@ def _run(
     precision: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    chosen = choose_backend("maxsim_topk", text.device, text.dtype, backend).backend
+    if chosen == "triton" and k <= _maxsim_topk_triton.LONGEST:
+        to_image, mean = direction == "text_to_image", reduction == "mean"
+        return _maxsim_topk_triton.forward(
+            text, image, text_mask, image_mask, k, to_image, mask_mode, mean, precision
+        )
     rows, columns = _swapped(direction, text, image)
     row_mask, column_mask = _swapped(direction, text_mask, image_mask)
     n_rows, n_columns = rows.shape[0], columns.shape[0]

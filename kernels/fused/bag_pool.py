@@ -128,24 +128,29 @@ def bag_pool_forward(
 
 def bag_pool_backward(
     grad: Tensor,
-    hidden: Tensor,
+    hidden: Tensor | None,
     offsets: Tensor,
-    mask: Tensor | None = None,
-    normalize: bool = False,
+    mask: Tensor | None,
+    n_tokens: int,
     eps: float = 1e-12,
 ) -> Tensor:
-    """Gradient ``[B, T, D]`` with respect to ``hidden`` from ``grad [B, N, D]``: 0 outside bags."""
-    batch, n_tokens, width = hidden.shape
-    n_bags = offsets.shape[1] - 1
-    if grad.numel() == 0:
-        return torch.zeros(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    grad_hidden = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    hidden = hidden if hidden.stride(2) == 1 else hidden.contiguous()
+    """Gradient ``[B, T, D]`` of the hidden states from ``grad [B, N, D]``: 0 outside bags.
+
+    ``hidden`` is given where the forward normalised, and None where it did not.
+    """
+    batch, n_bags, width = grad.shape
+    shape = batch, n_tokens, width
+    if grad.numel() == 0 or n_tokens == 0:
+        return torch.zeros(shape, dtype=grad.dtype, device=grad.device)
+    grad_hidden = torch.empty(shape, dtype=grad.dtype, device=grad.device)
+    if hidden is not None and hidden.stride(2) != 1:
+        hidden = hidden.contiguous()
+    strides = (0, 0) if hidden is None else (hidden.stride(0), hidden.stride(1))
     bags, span = _plan(width, n_bags)
     bag_pool_backward_kernel[(batch, triton.cdiv(n_bags, bags))](
         grad.contiguous(), hidden, offsets.contiguous(),
         None if mask is None else mask.contiguous(), grad_hidden,
-        n_tokens, n_bags, width, hidden.stride(0), hidden.stride(1), eps,
-        BAGS=bags, SPAN=span, MASKED=mask is not None, NORMALIZE=normalize, num_warps=4,
+        n_tokens, n_bags, width, *strides, eps,
+        BAGS=bags, SPAN=span, MASKED=mask is not None, NORMALIZE=hidden is not None, num_warps=4,
     )  # fmt: skip
     return grad_hidden

@@ -24,8 +24,11 @@ def maxsim_backward(
     wants_text: bool = True,
     wants_image: bool = True,
     precision: str = "ieee",
+    wide: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to ``text`` and ``image``, in their dtype, empty where not wanted.
+
+    ``wide``: in float32, whatever the features' dtype.
 
     ``text_argmax`` and ``image_argmax`` are what ``maxsim_forward`` gave; where one that is needed
     is None or empty, both are computed again, a few texts at a time. A gradient that is None is
@@ -35,7 +38,7 @@ def maxsim_backward(
         None if grad is None else grad.to(torch.float32).contiguous()
         for grad in (grad_text_to_image, grad_image_to_text)
     )
-    kept, dtype = (text, image), text.dtype
+    kept, dtype = (text, image), torch.float32 if wide else text.dtype
     if precision == "bf16":
         text, image, precision = text.to(torch.bfloat16), image.to(torch.bfloat16), "ieee"
     text, image = (x if x.stride(-1) == 1 else x.contiguous() for x in (text, image))
@@ -70,18 +73,16 @@ def _recompute(grads, text, image, masks, mask_mode, settings, grad_text, grad_i
     step = max(1, INDEX_BYTES // each)
     shared = image.dim() == 3 and step < text.shape[0] and grad_image.numel() > 0
     # several additions to one image's gradient are rounded once, at the end
-    sums = torch.zeros_like(grad_image, dtype=torch.float32) if shared else grad_image
+    sums = grad_image.to(torch.float32) if shared else grad_image
     for first in range(0, text.shape[0], step):
         part = slice(first, first + step)
         words = text[part]
         pictures = image if image.dim() == 3 else image[part]
-        cut = [None if mask is None else mask for mask in masks]
-        cut[0] = None if masks[0] is None else masks[0][part]
-        if image.dim() == 4 and masks[1] is not None:
-            cut[1] = masks[1][part]
+        word_mask = None if masks[0] is None else masks[0][part]
+        picture_mask = masks[1] if image.dim() == 3 or masks[1] is None else masks[1][part]
         outputs = scoring.maxsim_forward(
-            words, pictures, *cut, mask_mode, grads[0] is not None, grads[1] is not None,
-            want_argmax=True, precision=settings[1],
+            words, pictures, word_mask, picture_mask, mask_mode,
+            grads[0] is not None, grads[1] is not None, want_argmax=True, precision=settings[1],
         )  # fmt: skip
         slopes = (
             None if grads[0] is None else grads[0][part],
@@ -89,9 +90,9 @@ def _recompute(grads, text, image, masks, mask_mode, settings, grad_text, grad_i
         )
         into = sums if image.dim() == 3 or sums.numel() == 0 else sums[part]
         own = grad_text[part] if grad_text.numel() else grad_text
-        plans = compact(cut[0]), compact(cut[1])
+        plans = compact(word_mask), compact(picture_mask)
         _launch(slopes, words, pictures, plans, outputs[2:], settings, own, into, shared)
-    if shared:
+    if sums is not grad_image:
         grad_image.copy_(sums)
 
 
@@ -109,23 +110,25 @@ def _launch(
     if image.dim() == 4:
         slot = max(slot, tiles.SMALLEST_BLOCK)
     pairs = text.shape[0] * image.shape[-3]
+    counts = plans[0].counts
     order = bounds = None
     classes = 0
     if (
-        plans[0] is not NOTHING
+        counts is not None
         and image.dim() == 3
         and slot > tiles.SMALLEST_SLOT
         and n_bags <= slot
         and pairs >= scoring.SORTED_PAIRS
     ):
         classes = (slot // tiles.SMALLEST_SLOT).bit_length()
-        order, bounds = bucket(plans[0].counts, classes)
+        order, bounds = bucket(counts, classes)
     common = (grads, text, image, plans, chosen, settings, order)
     if grad_text.numel():
-        for rank in range(classes):
-            _launch_text(*common, bounds[rank], tiles.SMALLEST_SLOT << rank, grad_text)
-        if not classes:
+        if bounds is None:
             _launch_text(*common, None, slot, grad_text)
+        else:
+            for rank in range(classes):
+                _launch_text(*common, bounds[rank], tiles.SMALLEST_SLOT << rank, grad_text)
     if grad_image.numel():
         _launch_image(*common, bounds, slot, classes, grad_image, add)
 

@@ -200,26 +200,25 @@ def _forward_in_pieces(text, image, masks, options: Options, outputs: Outputs) -
     elif outputs.image_to_text.numel():
         own = image.flatten(0, 1)
         others = text[:, None].expand(-1, image.shape[1], -1, -1).flatten(0, 1)[:, None]
-        turned = [None if mask is None else mask.flatten(0, -2) for mask in (masks[1], masks[0])]
-        if turned[1] is not None:
-            turned[1] = turned[1].repeat_interleave(image.shape[1], 0)[:, None]
+        own_mask = None if masks[1] is None else masks[1].flatten(0, 1)
+        other_mask = masks[0]
+        if other_mask is not None:
+            other_mask = other_mask.repeat_interleave(image.shape[1], 0)[:, None]
         score, index = outputs.image_to_text, outputs.image_argmax
         _sum_pieces(
-            own, others, turned, options, score.view(-1, 1), index.view(-1, 1, own.shape[1])
-        )
+            own, others, (own_mask, other_mask), options,
+            score.view(-1, 1), index.view(-1, 1, own.shape[1]),
+        )  # fmt: skip
 
 
 def _sum_pieces(own, others, masks, options: Options, scores: Tensor, index: Tensor) -> None:
-    total = None
     for first in range(0, own.shape[1], LONGEST_SLOT):
         piece = slice(first, first + LONGEST_SLOT)
         cut = None if masks[0] is None else masks[0][:, piece]
         part = _outputs(own[:, piece], others, True, False, index.numel() > 0)
         _forward(own[:, piece], others, (cut, masks[1]), options._replace(mean=False), part)
-        total = part.text_to_image if total is None else total + part.text_to_image
+        scores.copy_(part.text_to_image if first == 0 else scores + part.text_to_image)
         if index.numel():
             index[..., piece] = part.text_argmax
     if options.mean:
-        n = own.shape[1] if masks[0] is None else masks[0].sum(-1).clamp_min(1)[:, None]
-        total = total / n
-    scores.copy_(total)
+        scores /= own.shape[1] if masks[0] is None else masks[0].sum(-1).clamp_min(1)[:, None]

@@ -8,7 +8,7 @@ of 8; Triton 3.6 spills up to 10 instructions on sm_100 with masks or candidates
 timed.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -146,8 +146,8 @@ def family_of(device: torch.device) -> str:
     if device.type != "cuda":
         return "interpreter"
     major, _ = torch.cuda.get_device_capability(device)
-    shared = torch.cuda.get_device_properties(device).shared_memory_per_block_optin
-    if shared < 160 * 1024:
+    properties: Any = torch.cuda.get_device_properties(device)
+    if properties.shared_memory_per_block_optin < 160 * 1024:
         return "small"
     return {8: "sm_80", 9: "sm_90"}.get(major, "sm_100")
 
@@ -165,7 +165,7 @@ def forward_tile(
         row = next(
             row
             for widest, longest, row in FORWARD[family]
-            if widest is None or (head + tail <= widest and slot <= longest)
+            if widest is None or longest is None or (head + tail <= widest and slot <= longest)
         )
     block_p, block_n, step, warps, stages = row
     block_n = max(slot, min(block_n, max(SMALLEST_BLOCK, slot * triton.next_power_of_2(n_texts))))

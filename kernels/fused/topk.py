@@ -95,12 +95,12 @@ def maxsim_topk(
     for first in range(0, n_columns, stripe):
         part = slice(first, first + stripe)
         words, pictures = (text, image[part]) if to_image else (text[part], image)
-        masks = [text_mask, image_mask]
-        if masks[to_image] is not None:
-            masks[to_image] = masks[to_image][part]
+        word_mask = text_mask if to_image or text_mask is None else text_mask[part]
+        picture_mask = image_mask[part] if to_image and image_mask is not None else image_mask
         found = maxsim_forward(
-            words, pictures, *masks, mask_mode, to_image, not to_image, mean, precision=precision
-        )[0 if to_image else 1]
+            words, pictures, word_mask, picture_mask, mask_mode, to_image, not to_image, mean,
+            precision=precision,
+        )[0 if to_image else 1]  # fmt: skip
         merge_kernel[(n_rows,)](
             found, best, found.shape[1], first, k,
             SPAN=span, BLOCK=min(1024, triton.next_power_of_2(found.shape[1])), num_warps=4,

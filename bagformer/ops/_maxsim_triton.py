@@ -1,0 +1,85 @@
+"""MaxSim through the Triton kernels."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from bagformer.ops._maxsim_torch import Options
+from bagformer.ops._triton import near, on_device, precision_of
+
+
+def forward(
+    text: Tensor,
+    image: Tensor,
+    text_mask: Tensor | None,
+    image_mask: Tensor | None,
+    options: Options,
+    argmax: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores and narrow winners, each empty with its rank where it is not wanted."""
+    from bagformer.kernels.scoring import maxsim_forward
+
+    if text.shape[-1] == 0:
+        # similarities of no features are 0, as those of a zero, and somebody still wins
+        text, image = (side.new_zeros(*side.shape[:-1], 1) for side in (text, image))
+    with on_device(text):
+        return maxsim_forward(
+            near("text", text),
+            near("image", image),
+            text_mask,
+            image_mask,
+            options.mask_mode,
+            options.wants_text,
+            options.wants_image,
+            options.reduction == "mean",
+            argmax,
+            precision_of(text.dtype, options.precision),
+        )
+
+
+def backward(
+    grads: tuple[Tensor | None, Tensor | None],
+    text: Tensor,
+    image: Tensor,
+    text_mask: Tensor | None,
+    image_mask: Tensor | None,
+    winners: tuple[Tensor, Tensor],
+    options: Options,
+    wants: tuple[bool, bool],
+    wide: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients in the features' dtype or, ``wide``, in float32; empty where not wanted.
+
+    Winners that are empty are computed again, a few texts at a time.
+    """
+    from bagformer.kernels.gradients import maxsim_backward
+
+    with on_device(text):
+        return maxsim_backward(
+            *grads,
+            near("text", text),
+            near("image", image),
+            text_mask,
+            image_mask,
+            *winners,
+            options.mask_mode,
+            options.reduction == "mean",
+            *wants,
+            precision_of(text.dtype, options.precision),
+            wide,
+        )
+
+
+def describe(text: Tensor, image: Tensor) -> str:
+    """The tile of the scoring kernel for these tensors, at the default precision."""
+    from bagformer.kernels import scoring, tiles
+
+    together, slot = text.shape[0], tiles.slot_of(min(text.shape[1], scoring.LONGEST_SLOT))
+    if image.dim() == 4:
+        together, slot = 1, max(slot, tiles.SMALLEST_BLOCK)
+    tile = tiles.forward_tile(text.device, text.dtype, text.shape[2], slot, together, "ieee")
+    features = f"in steps of {tile.step} features" if tile.step else "all features at once"
+    return (
+        f"tiles for {tiles.family_of(text.device)} of {tile.block_p} patches x {tile.block_n} bags "
+        f"in slots of at most {slot}, {features}, {tile.warps} warps, {tile.stages} stages"
+    )
