@@ -133,8 +133,8 @@ class BagSegmenter:
     """
 
     report: DictionaryReport | None = None
-    _file: tuple[Path, int, int, int] | None = None
-    _sha256: str | None = None
+    _file: tuple[Path, int, int, int] | None
+    _sha256: str | None
 
     def __init__(
         self,
@@ -172,8 +172,9 @@ class BagSegmenter:
             on_error: ``raise``, or ``skip`` to leave malformed lines out and count them.
 
         Raises:
+            TypeError: ``tokenizer`` has no such methods.
             ValueError: a line is not UTF-8, holds a NUL or is absurdly long (the text names file
-                and line), or a masked token is not in the vocabulary.
+                and line), a masked token is not in the vocabulary, or a token has no id.
         """
         masked_ids = token_ids_of(tokenizer, masked_tokens)
         builder = _builder(matcher, masked_ids)
@@ -305,6 +306,8 @@ class BagSegmenter:
     def _adopt(self, image: Any) -> None:
         self._image = image
         self._automaton = _C.BagAutomaton(image)
+        self._file = None
+        self._sha256 = None
 
     def _remember(self, path: Path) -> None:
         self._file = _identify(path)

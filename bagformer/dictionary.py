@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 _MAX_LINE_BYTES = 1 << 16
+_BLOCK_BYTES = 1 << 16
 _LINES_AT_ONCE = 1 << 13  # 8,192 lines of a few characters fill a few megabytes while tokenised
 _LONG = 25  # tokens; the original's texts have no more
 
@@ -62,7 +63,13 @@ class DictionaryReport:
 
 
 def token_ids_of(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
-    """Ids of ``tokens``. Raises ValueError for one that the vocabulary lacks."""
+    """Ids of ``tokens``. Raises ValueError for one that the vocabulary lacks, TypeError for a
+    tokenizer that is none."""
+    if not hasattr(tokenizer, "convert_tokens_to_ids") and (tokens or not callable(tokenizer)):
+        raise TypeError(
+            "tokenizer must have tokenize and convert_tokens_to_ids, "
+            f"got {type(tokenizer).__name__}"
+        )
     if not tokens:
         return []
     ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
@@ -94,7 +101,13 @@ def encode_dictionary(
     for lines in _batches(_read_lines(path, on_error, counts)):
         rows = _encode(tokenizer, lines)
         lengths = np.fromiter(map(len, rows), np.int64, len(rows))
-        ids = np.fromiter((token for row in rows for token in row), np.int64, int(lengths.sum()))
+        try:
+            tokens = (token for row in rows for token in row)
+            ids = np.fromiter(tokens, np.int64, int(lengths.sum()))
+        except (TypeError, ValueError):
+            raise ValueError(
+                f"{path}: the tokenizer gives a token of lines up to {counts['lines']} no int id"
+            ) from None
         keep = lengths > 0
         counts["blank"] += int((~keep).sum())
         if unknown_id is not None:
@@ -155,15 +168,18 @@ def _read_lines(
 def _raw_lines(path: str | os.PathLike[str]) -> Iterator[bytes]:
     """Lines without their ends, of any system; an absurd one is cut but still too long."""
     with open(path, "rb") as file:
-        first = True
-        while chunk := file.readline(_MAX_LINE_BYTES + 2):
-            while not chunk.endswith(b"\n") and len(rest := file.readline(_MAX_LINE_BYTES)) > 0:
-                # the rest of an absurd line is read and dropped
-                chunk = chunk[: _MAX_LINE_BYTES + 1] + (b"\n" if rest.endswith(b"\n") else b"")
-            if first:
-                chunk, first = chunk.removeprefix(b"\xef\xbb\xbf"), False
-            body = chunk.removesuffix(b"\n").removesuffix(b"\r")
-            yield from body.split(b"\r") if len(body) <= _MAX_LINE_BYTES else [body]
+        rest = held = b""
+        block = file.read(_BLOCK_BYTES).removeprefix(b"\xef\xbb\xbf")
+        while block:
+            block = held + block
+            held = b"\r" if block.endswith(b"\r") else b""  # perhaps half of "\r\n"
+            text = rest + block.removesuffix(held)
+            *lines, rest = text.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+            yield from lines
+            rest = rest[: _MAX_LINE_BYTES + 1]
+            block = file.read(_BLOCK_BYTES)
+        if rest or held:
+            yield rest
 
 
 def _decode(raw: bytes) -> tuple[str, str | None]:

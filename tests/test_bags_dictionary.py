@@ -175,3 +175,40 @@ def test_what_single_tokens_do_is_said_as_it_is(write, matcher, note):
     for ids, matters in (([nike, shoe, 2], "original"), ([2, nike, nike], "backward_max")):
         differs = with_single([ids]).spans(0) != without([ids]).spans(0)
         assert differs == (matcher == matters)
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b"\r"])
+@pytest.mark.parametrize("shift", range(4))
+def test_no_line_is_lost_at_the_edges_of_blocks(write, end, shift):
+    lines = [b"nike" * (1 + k % 3) for k in range(20_000)]
+    report = BagSegmenter.from_dictionary(write(b"n" * shift + end.join(lines)), Letters()).report
+    assert report.lines == len(lines)
+    assert report.lines == report.unknown_dropped + report.duplicates + report.kept
+
+
+@pytest.mark.parametrize("tail", [b"\n", b"\nnike", b""])
+def test_a_long_line_is_not_cut_at_a_carriage_return(write, tail):
+    path = write(b"n" * 65536 + b"\r" + "红色".encode() * 9 + tail)
+    with_long = BagSegmenter.from_dictionary(path, Letters(), "original")
+    assert with_long.report.lines == 2 + tail.endswith(b"nike") and with_long.report.long == 1
+    with pytest.raises(ValueError, match="line 1: more than 65536 bytes"):
+        BagSegmenter.from_dictionary(write(b"n" * 65537 + b"\r" + tail), Letters())
+
+
+class NoUnknown(Letters):
+    """A tokenizer without an unknown token: None for what it does not know."""
+
+    unk_token = unk_token_id = None
+
+    def convert_tokens_to_ids(self, tokens):
+        return [None if token == "x" else 5 for token in tokens]
+
+
+def test_tokenizers_that_are_none_or_know_no_id(write):
+    path = write("红\nx\n")
+    with pytest.raises(TypeError, match=r"^tokenizer must have tokenize and .* got int"):
+        BagSegmenter.from_dictionary(path, 5, masked_tokens=())
+    with pytest.raises(TypeError, match=r"^tokenizer must have tokenize and .* got function"):
+        BagSegmenter.from_dictionary(path, lambda lines: {})
+    with pytest.raises(ValueError, match=r"entities.txt: the tokenizer gives .* up to 2 no int id"):
+        BagSegmenter.from_dictionary(path, NoUnknown(), masked_tokens=())

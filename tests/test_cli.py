@@ -55,6 +55,13 @@ def test_wrong_usage_is_one_line_and_exit_code_2(run, place):
     world.fails_with_one_line(
         run("segment", "--max-length", "0"), 2, "segment", "whole number from 1"
     )
+    for arguments in (
+        # each took the process down, or all memory
+        ("segment", "--max-length", "1000000000"),
+        ("score", "a", "--images", place.pictures, "--threads", "100000"),
+        ("score", "a", "--images", place.pictures, "--batch-size", "9" * 30),
+    ):
+        world.fails_with_one_line(run(*arguments), 2, arguments[0], "expected a whole number from")
     world.fails_with_one_line(run("segment", "--matcher", "best"), 2, "segment", "invalid choice")
     world.fails_with_one_line(run("demo", "--show", "99"), 2, "demo", "at most 12 queries, got 99")
     assert "unrecognized arguments" in run("doctor", "--fast")[2]

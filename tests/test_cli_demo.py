@@ -148,6 +148,7 @@ def test_own_pictures_without_known_relevance(place, demo, tmp_path):
     assert "recall: not measured" in out and "红色|<|毛衣|>" in out
     report = world.read_json(tmp_path / "out" / "demo.json")
     page = (tmp_path / "out" / "demo.html").read_text(encoding="utf-8")
+    assert "of the 1 query with" in report["about"]["rule"] and ">-0.00<" not in page
     assert report["recall"] is None and report["first_relevant_ranks"] is None
     assert [query["text"] for query in report["queries"]] == ["红色<毛衣>"]
     assert "&lt;" in page and "<毛衣" not in page

@@ -59,6 +59,13 @@ def test_a_reader_that_goes_away_is_not_a_traceback(place):
     assert process.stderr.read() == b""
 
 
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_streams_are_no_error(place, closed):
+    command = f"exec {sys.executable} -m bagformer.cli segment --model {place.model} {closed}"
+    process = subprocess.run(["sh", "-c", command], input=b"", capture_output=True, timeout=60)
+    assert (process.returncode, process.stdout, process.stderr) == (0, b"", b"")
+
+
 def test_ctrl_c_gives_130(place):
     process = start("segment", "--model", str(place.model))
     guard = threading.Timer(60, process.kill)

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from support.checkpoints import HEADS, original_state, refused, save
 from support.models import BERT, make_inputs, tiny_model, write_dictionary, write_tokenizer
 from support.original import arch, letters
 
@@ -23,30 +24,7 @@ from bagformer.models.conversion import (
     infer_config,
     resize_pos_embed,
     select,
-    to_original,
 )
-
-HEADS = {"vision_heads": 2, "text_heads": 2}
-
-
-def original_state(**changes) -> dict[str, torch.Tensor]:
-    """A state dict as the original saves it: its names, momentum copies, queues, position ids."""
-    model = tiny_model(protocol="original", **changes)
-    state = {to_original(name): value for name, value in model.state_dict().items()}
-    for name in list(state):
-        part, _, rest = name.partition(".")
-        if part in ("visual_encoder", "text_encoder", "vision_proj", "text_proj"):
-            state[f"{part}_m.{rest}"] = state[name] + 1
-    state["text_encoder.embeddings.position_ids"] = torch.arange(40)[None]
-    state["text_encoder_m.embeddings.position_ids"] = torch.arange(40)[None]
-    state["image_queue"] = state["text_queue"] = torch.zeros(16, 8)
-    state["idx_queue"], state["queue_ptr"] = torch.zeros(1, 8).long(), torch.zeros(1).long()
-    return state
-
-
-def save(path, state, **more):
-    torch.save({"model": state, "optimizer": {}, "epoch": 3, **more}, path)
-    return path
 
 
 def test_a_converted_model_computes_the_same(tmp_path):
@@ -135,9 +113,9 @@ def test_sizes_come_from_the_tensors_and_heads_from_the_settings(tmp_path):
     assert config.embed_dim == 16 and config.use_itm_head
     with pytest.raises(ValueError, match="hidden_size is 99, the checkpoint has 24"):
         infer_config(tensors, bert_config={"hidden_size": 99}, **HEADS)
-    with pytest.raises(ValueError, match="vision_heads must divide 32"):
+    with pytest.raises(ValueError, match="vision_heads must be given"):
         infer_config(tensors, text_heads=2)
-    with pytest.raises(ValueError, match="text_heads must divide 24"):
+    with pytest.raises(ValueError, match="text_heads must be given"):
         infer_config(tensors, vision_heads=2)
     (tmp_path / "bert.json").write_text("{", encoding="utf-8")
     with pytest.raises(ValueError, match="is not JSON"):
@@ -178,13 +156,6 @@ def test_position_embedding_is_resized():
     tensors, _ = select(original_state())
     with pytest.raises(ValueError, match="image_size=60 is no multiple of the patch size 16"):
         infer_config(tensors, image_size=60, **HEADS)
-
-
-def refused(tmp_path, path, match, error=ValueError, **options):
-    before = sorted(tmp_path.iterdir())
-    with pytest.raises(error, match=match):
-        convert_checkpoint(path, tmp_path / "out", **{**HEADS, **options})
-    assert sorted(tmp_path.iterdir()) == before, "nothing may be left behind"
 
 
 def test_unknown_tensors_are_an_error_unless_forced(tmp_path):

@@ -15,7 +15,14 @@ from support import world
 from bagformer import reference
 from bagformer.retrieval.encode import Stages, encode_images, encode_texts
 from bagformer.retrieval.explain import explain_pair, shares
-from bagformer.retrieval.heatmap import OUTLINE, colour_table, colours, overlay_choice, overlay_heat
+from bagformer.retrieval.heatmap import (
+    OUTLINE,
+    colour_table,
+    colours,
+    overlay_choice,
+    overlay_heat,
+    thumbnail,
+)
 from bagformer.retrieval.page import data_uri
 from bagformer.retrieval.ranking import best_of
 
@@ -140,6 +147,13 @@ def test_patches_take_the_colour_of_the_bag_they_chose():
     )
     corners = [drawn[y, x].tolist() for y, x in ((0, 0), (0, 39), (39, 0), (39, 39))]
     assert corners == [[250, 0, 0], [0, 250, 0], [0, 250, 0], [128, 128, 128]]
+
+
+@pytest.mark.parametrize("shape", [(10_000, 1), (1, 10_000), (1, 1), (300, 200)])
+def test_a_thumbnail_of_any_shape_has_pixels(shape):
+    small = thumbnail(Image.new("RGB", shape), 128)
+    assert max(small.size) == 128 and min(small.size) >= 1
+    assert data_uri(small).startswith("data:image/png")
 
 
 def test_a_data_uri_holds_the_picture():

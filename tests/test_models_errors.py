@@ -19,6 +19,18 @@ EVERY = torch.tensor([1, 2, 0])
         ),
         ({"bag_mask": torch.ones(3, 4, dtype=torch.bool)}, r"bag_mask must be \[3, 5\]"),
         ({"input_ids": torch.ones(3, dtype=torch.long)}, r"input_ids must be \[B, T\]"),
+        ({"input_ids": torch.ones(0, 8).long()}, "input_ids must be .* at least one text"),
+        ({"input_ids": torch.full((3, 8), 64)}, r"input_ids must lie within 0\.\.63, got 64\.\.64"),
+        ({"input_ids": torch.full((3, 8), -1)}, r"input_ids must lie within 0\.\.63, got -1"),
+        ({"input_ids": torch.ones(3, 41).long()}, "input_ids: 41 tokens, the model has 40"),
+        # on another device an embedding reads memory that is not there
+        ({"input_ids": torch.ones(3, 8, device="meta").long()}, "input_ids is on meta"),
+        ({"bag_mask": torch.ones(3, 5, device="meta").bool()}, "bag_mask is on meta"),
+        ({"pixel_values": torch.ones(3, 3, 64, 64, device="meta")}, "pixel_values is on meta"),
+        # these shapes would be broadcast
+        ({"attention_mask": torch.ones(3, 1)}, r"attention_mask must be \[3, 8\] as input_ids"),
+        ({"attention_mask": torch.ones(1, 8)}, r"attention_mask must be \[3, 8\] as input_ids"),
+        ({"pixel_values": torch.ones(3, 3, 64, 32)}, r"pixel_values must be \[B, 3, 64, 64\]"),
         ({"pixel_values": torch.zeros(3, 64, 64)}, r"pixel_values must be \[B, 3, H, W\]"),
         ({"itm_negatives": (EVERY, torch.tensor([0, 1, 3]))}, "text_idx must hold 3 rows"),
         ({"itm_negatives": (EVERY[:2], EVERY)}, "image_idx must hold 3 rows"),
@@ -28,6 +40,33 @@ EVERY = torch.tensor([1, 2, 0])
 def test_bad_inputs_are_named(changes, message):
     with pytest.raises(ValueError, match=message):
         tiny_model()(**{**make_inputs(), **changes}, return_loss=True)
+
+
+@pytest.mark.parametrize(
+    "name, value",
+    [
+        ("input_ids", [[1, 2]]),
+        ("input_ids", torch.ones(3, 8)),
+        ("bag_offsets", [[0, 1]]),
+        ("pixel_values", [0.0]),
+    ],
+)
+def test_bad_types_are_named(name, value):
+    with pytest.raises(TypeError, match=f"{name} must be"):
+        tiny_model()(**{**make_inputs(), name: value})
+
+
+def test_positives_are_checked_where_there_is_no_bag_wise_loss():
+    model = tiny_model(interaction="cls_token")
+    none = torch.zeros(3, 3, dtype=torch.bool)
+    with pytest.raises(ValueError, match="no True in row 0"):
+        model(**make_inputs(), positives=none, return_loss=True)
+
+
+def test_losses_of_a_double_model_are_double():
+    inputs = make_inputs()
+    output = tiny_model().double()(**inputs, return_loss=True, itm_negatives=(EVERY, EVERY))
+    assert output.loss_ita.dtype == output.loss_itm.dtype == torch.float64
 
 
 def test_integer_pixels_are_refused():
@@ -49,6 +88,9 @@ def test_integer_pixels_are_refused():
         ({"max_text_length": 41}, "exceeds text_config.max_position_embeddings=40"),
         ({"fusion": "early", "interaction": "tokenwise"}, "needs interaction='bagwise'"),
         ({"cls_temperature": 0.0}, "cls_temperature must be above 0"),
+        ({"cls_temperature": float("nan")}, "cls_temperature must be above 0"),
+        ({"masked_tokens": "[CLS]"}, "masked_tokens must be a list of tokens"),
+        ({"use_itm_head": "no"}, "use_itm_head must be True or False, got 'no'"),
         ({"vision_config": {"image_size": 0}}, "vision_config.image_size"),
         ({"vision_config": {"backbone": ""}}, "vision_config.backbone"),
     ],

@@ -285,3 +285,27 @@ def test_wrong_arguments_are_named(tmp_path):
         write_tsv(tmp_path / "y.tsv", [("a\tb", b"x")])
     with pytest.raises(ValueError, match="not JSON compliant"):
         write_jsonl(tmp_path / "y.jsonl", [{"a": json.loads("NaN")}])
+
+
+def test_ids_of_nineteen_digits_are_ints_as_in_the_queries(tmp_path):
+    most, least = 2**63 - 1, -(2**63)
+    rows = [(most, encoded()), (least, encoded())]
+    write_tsv(tmp_path / "a.tsv", rows)
+    assert list(MugeImages(tmp_path / "a.tsv")) == [most, least]
+    write_tsv(tmp_path / "b.tsv", [(most + 1, encoded())])
+    assert list(MugeImages(tmp_path / "b.tsv")) == [str(most + 1)]
+
+
+def test_ids_with_control_characters_are_refused(tmp_path):
+    # numpy drops NUL at the end of a string, so that two ids would become one
+    path = tmp_path / "a.tsv"
+    path.write_bytes(b"a\0\tQUJD\n")
+    with pytest.raises(MugeError, match=r"a.tsv:1: id: control character in 'a\\x00'"):
+        MugeImages(path)
+
+
+def test_ids_with_lone_surrogates_are_refused(tmp_path):
+    path = tmp_path / "q.jsonl"
+    path.write_text('{"query_id": "\\ud800", "query_text": "a"}\n', encoding="utf-8")
+    with pytest.raises(MugeError, match=r"q\.jsonl:1: query_id: expected an int or a string"):
+        read_queries(path)

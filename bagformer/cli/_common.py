@@ -6,7 +6,7 @@ import argparse
 import json
 import os
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,15 +29,32 @@ class CommandError(Exception):
         self.code = code
 
 
-def positive(text: str) -> int:
-    """argparse type: an int of at least 1."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1, got {text!r}")
-    return value
+def up_to(most: int) -> Callable[[str], int]:
+    """argparse type: an int from 1 to ``most``."""
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = 0
+        if not 1 <= value <= most:
+            shown = text if len(text) <= 40 else text[:40] + "..."
+            raise argparse.ArgumentTypeError(
+                f"expected a whole number from 1 to {most}, got {shown!r}"
+            )
+        return value
+
+    return read
+
+
+positive = up_to(2**31 - 1)
+# OpenMP ends the process where it cannot start as many as it was told to.
+threads = up_to(1024)
+
+
+def barred(bags: Sequence[str]) -> str:
+    """Bags with a bar between them; an empty one, which the original's matchers make, is ∅."""
+    return "|".join(bag or "∅" for bag in bags)
 
 
 def print_json(data: Any) -> None:
@@ -139,7 +156,7 @@ def add_model_argument(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of a model (default: the small one that ships with bagformer)",
     )
-    parser.add_argument("--threads", type=positive, metavar="N", help="CPU threads (default: all)")
+    parser.add_argument("--threads", type=threads, metavar="N", help="CPU threads (default: all)")
     parser.add_argument(
         "--batch-size", type=positive, default=32, metavar="N", help="pictures a batch (default 32)"
     )

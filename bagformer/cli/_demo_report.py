@@ -80,14 +80,15 @@ def _choose(bags: Sequence[Sequence[str]], ranks: Any, n_shown: int) -> tuple[li
     """Which queries the page shows, and the rule that chose them."""
     least = 2 if any(len(names) >= 2 for names in bags) else 1
     fit = [number for number, names in enumerate(bags) if len(names) >= least]
-    what = f"the {len(fit)} queries with {'two bags or more' if least == 2 else 'a bag'}"
+    queries = words.counted(len(fit), "query", "queries")
+    what = f"the {queries} with {'two bags or more' if least == 2 else 'a bag'}"
     if ranks is None:
         chosen = _spread(fit, n_shown)
-        return chosen, f"Shown are {len(chosen)} of {what}, evenly spread over the file."
+        return chosen, f"Shown: {len(chosen)} of {what}, evenly spread over the file."
     chosen = _spread(fit, max(1, n_shown - FAILURES_SHOWN))
     wrong = [number for number in fit if number not in chosen and int(ranks[number]) > 0]
     failures = wrong[: n_shown - len(chosen)]
-    rule = f"Shown are {len(chosen)} of {what}, evenly spread over the file"
+    rule = f"Shown: {len(chosen)} of {what}, evenly spread over the file"
     if failures:
         rule += f", then the first {len(failures)} others whose top picture is wrong"
     return chosen + failures, rule + "."
@@ -238,7 +239,8 @@ def _facts(run: Run) -> dict[str, Any]:
     parameters = sum(p.numel() for p in run.model.parameters())
     packages = ", ".join(f"{name} {v}" for name, v in _machine.versions().items() if v)
     return {
-        "Data": f"{inputs.name}: {len(inputs.texts)} queries, {len(inputs.gallery)} pictures",
+        "Data": f"{inputs.name}: {words.counted(len(inputs.texts), 'query', 'queries')}, "
+        f"{words.counted(len(inputs.gallery), 'picture', 'pictures')}",
         "Model": (
             f"{parameters / 1e6:.2f} M parameters, pictures of {config.vision_config.image_size} "
             f"px in {rows} x {columns} patches, {config.embed_dim} features"

@@ -28,9 +28,14 @@ def guide(reduction: str) -> list[dict[str, str]]:
     ]
 
 
+def counted(number: int, one: str, many: str) -> str:
+    return f"{number:,} {one if number == 1 else many}"
+
+
 def title_and_lede(n_texts: int, n_images: int, n_bags: int, reduction: str) -> dict[str, str]:
     return {
-        "title": f"{n_texts:,} queries find their pictures among {n_images:,}",
+        "title": counted(n_texts, "query finds its pictures", "queries find their pictures")
+        + f" among {n_images:,}",
         "lede": (
             f"Each query is cut into bags of words ({n_bags / n_texts:.2f} a query here). Every "
             "bag looks for the patch that it fits best, and every patch for its best bag; "

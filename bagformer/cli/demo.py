@@ -23,6 +23,7 @@ from bagformer.cli._common import (
     CommandError,
     add_model_argument,
     bar,
+    barred,
     load_model,
     load_processor,
     note,
@@ -176,7 +177,7 @@ def _print_report(report: dict[str, Any], paths: list[Path]) -> None:
         top = "  ".join(f"{entry['picture']} {entry['score']:.2f}" for entry in query["top"][:3])
         rank = query["first_relevant_rank"]
         told = "" if rank is None else f"   first right picture: rank {rank}"
-        print(f"  {'|'.join(query['bags'])}   {top}{told}")
+        print(f"  {barred(query['bags'])}   {top}{told}")
     print("wrote " + " and ".join(map(str, paths)))
 
 

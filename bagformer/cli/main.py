@@ -68,6 +68,13 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _open_streams() -> None:
+    """Python has None in place of a standard stream that was closed (``>&-``)."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
 def _speak_utf8() -> None:
     """Chinese goes in and out whatever LANG says; what cannot be written is escaped, not fatal."""
     for stream in (sys.stdout, sys.stderr):
@@ -94,6 +101,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     0 success, 1 a run that failed, 2 wrong usage or bad input, 130 interrupted, 141 the reader of
     the output went away. Errors are one line on standard error; ``--debug`` adds the traceback.
     """
+    _open_streams()
     _speak_utf8()
     try:
         args = _parser().parse_args(argv)

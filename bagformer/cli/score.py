@@ -18,6 +18,7 @@ from bagformer.cli._common import (
     CommandError,
     add_model_argument,
     bar,
+    barred,
     load_model,
     load_processor,
     note,
@@ -111,7 +112,7 @@ def score(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
 
 def _print_table(result: dict[str, Any]) -> None:
     for row in result["texts"]:
-        print(f"{row['text']}  [{'|'.join(row['bags'])}]")
+        print(f"{row['text']}  [{barred(row['bags'])}]")
         for entry in row["ranking"]:
             print(f"{entry['rank']:>5}  {entry['score']:>9.4f}  {entry['image']}")
     if len(result["texts"]) > 1:

@@ -20,17 +20,19 @@ from bagformer.cli._common import (
     TINY_MODEL,
     VOCABULARY,
     CommandError,
+    barred,
     load_processor,
     note,
-    positive,
     print_json,
     texts_from,
+    up_to,
     working,
 )
 
 MATCHERS = ("leftmost_longest", "original", "backward_max")
-EMPTY_BAG = "∅"
 _LINES_AT_ONCE = 256
+# Rows are padded to the length asked for, so it decides how much memory they take.
+_MOST_TOKENS = 32768
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--matcher", choices=MATCHERS, help="how entities are found")
     parser.add_argument(
         "--max-length",
-        type=positive,
+        type=up_to(_MOST_TOKENS),
         metavar="N",
         help="tokens of a text, [CLS] and [SEP] included",
     )
@@ -120,7 +122,7 @@ def run(args: argparse.Namespace) -> int:
             rows += found
         else:
             for row in found:
-                print("|".join(bag or EMPTY_BAG for bag in row["bags"]))
+                print(barred(row["bags"]))
             sys.stdout.flush()
     if args.json:
         print_json({"matcher": segmenter.matcher, "entities": len(segmenter), "texts": rows})

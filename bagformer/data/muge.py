@@ -266,7 +266,13 @@ def _refuse(constant: str) -> None:
 def _is_id(value: Any) -> bool:
     if isinstance(value, bool):
         return False
-    return isinstance(value, int) or (isinstance(value, str) and bool(value.strip()))
+    if isinstance(value, str):
+        return bool(value.strip()) and not _has_surrogate(value)
+    return isinstance(value, int)
+
+
+def _has_surrogate(text: str) -> bool:
+    return any("\ud800" <= character <= "\udfff" for character in text)
 
 
 def _parse_query(path: Path, number: int, body: bytes) -> Query:
@@ -289,7 +295,7 @@ def _parse_query(path: Path, number: int, body: bytes) -> Query:
         raise fail("query_id", "bad id", f"expected an int or a string, got {shorten(key)}")
     if not isinstance(text, str) or not text.strip():
         raise fail("query_text", "bad text", f"expected a text, got {shorten(text)}")
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if _has_surrogate(text):
         raise fail("query_text", "bad text", f"lone surrogate in {shorten(text)}")
     if not isinstance(items, list) or not all(map(_is_id, items)):
         problem = f"expected a list of ints or strings, got {shorten(items)}"

@@ -126,11 +126,13 @@ def parse_id(raw: bytes) -> int | str:
         raise ValueError(f"invalid UTF-8: {error}") from error
     if not text or text != text.strip():
         raise ValueError(f"expected an id, got {shorten(text)}")
+    if any(character < " " for character in text):
+        raise ValueError(f"control character in {shorten(text)}")
     if len(text) > 200:
         raise ValueError(f"longer than 200 characters: {shorten(text)}")
     digits = text.removeprefix("-")
-    if digits.isascii() and digits.isdigit() and str(int(text)) == text and len(digits) < 19:
-        return int(text)
+    if digits.isascii() and digits.isdigit() and str(int(text)) == text:
+        return int(text) if -(2**63) <= int(text) < 2**63 else text
     return text
 
 

@@ -54,6 +54,10 @@ _STAND_INS: dict[str, type] = {
 }
 
 
+# Bytes of the description of a file's tensors; a hundred thousand tensors need less.
+MAX_PICKLE = 64 * 2**20
+
+
 class Original(NamedTuple):
     """``tensors`` by the original's names, and the ``settings`` saved beside them, if any."""
 
@@ -72,10 +76,23 @@ def _refusal(path: Path, names: list[str]) -> ValueError:
     )
 
 
+def _check_records(path: Path) -> None:
+    """Refuse a small file that unfolds into a large one: torch.save compresses nothing."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            packed = record.compress_type != zipfile.ZIP_STORED
+            if packed or (record.filename.endswith(".pkl") and record.file_size > MAX_PICKLE):
+                raise _RefusedError(
+                    f"{path}: refused: its record {record.filename!r} is compressed or larger than "
+                    "any that torch.save writes for a state dict"
+                )
+
+
 def _load(path: Path) -> Any:
     legacy = not zipfile.is_zipfile(path)
     names: list[str] = []
     if not legacy:
+        _check_records(path)
         # looks at the names in the pickle and builds nothing
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     foreign = sorted(name for name in names if name not in _STAND_INS)
@@ -84,6 +101,17 @@ def _load(path: Path) -> Any:
     allowed: list[Any] = [(_STAND_INS[name], name) for name in names]
     with torch.serialization.safe_globals(allowed):
         return torch.load(path, map_location="cpu", weights_only=True, mmap=not legacy)
+
+
+def _check_plain(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A tensor may be written as a view that repeats few bytes without end, or without any."""
+    for name, value in tensors.items():
+        dense = value.layout is torch.strided and value.device.type == "cpu"
+        if not dense or value.numel() * value.element_size() > value.untyped_storage().nbytes():
+            raise ValueError(
+                f"{path}: {name} is no plain tensor: {value.layout} on {value.device}, "
+                f"{list(value.shape)}"
+            )
 
 
 def _read_pickle(path: Path) -> Any:
@@ -130,4 +158,5 @@ def read_original(path: str | Path) -> Original:
         raise ValueError(
             f"{path} holds {type(content).__name__}, expected a state dict, alone or under 'model'"
         )
+    _check_plain(path, content)
     return Original(dict(content), dict(settings) if isinstance(settings, Mapping) else {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from copy import deepcopy
 from difflib import get_close_matches
@@ -134,7 +135,10 @@ class BagFormerConfig(PreTrainedConfig):
             unset = "auto" if name == "temperature" else None
             if getattr(self, name) == unset:
                 setattr(self, name, deepcopy(default))
-        self.masked_tokens = list(self.masked_tokens)
+        tokens = self.masked_tokens
+        if isinstance(tokens, str) or not all(isinstance(token, str) for token in tokens):
+            raise ValueError(f"masked_tokens must be a list of tokens, got {tokens!r}")
+        self.masked_tokens = list(tokens)
         if self.fusion_layer is None:
             self.fusion_layer = max(1, self.text_config.num_hidden_layers // 2)
         self._check()
@@ -166,7 +170,11 @@ class BagFormerConfig(PreTrainedConfig):
             raise ValueError(
                 f"fusion='early' needs interaction='bagwise', got {self.interaction!r}"
             )
-        if not isinstance(self.cls_temperature, (int, float)) or self.cls_temperature <= 0:
+        for name in ("use_itm_head", "hard_negatives", "sep_token"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be True or False, got {getattr(self, name)!r}")
+        start = self.cls_temperature
+        if not isinstance(start, (int, float)) or not 0 < start < math.inf:
             raise ValueError(f"cls_temperature must be above 0, got {self.cls_temperature!r}")
 
     def with_protocol(self, protocol: str) -> BagFormerConfig:

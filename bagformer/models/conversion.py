@@ -33,7 +33,10 @@ _DROPPED = re.compile(
 )
 _PREFIXES = {"visual_encoder.": "vision_model.backbone.", "text_encoder.": "text_model."}
 _POS_EMBED = "visual_encoder.pos_embed"
+_FUSIONS = {None: "late", "late_fusion": "late", "early_fusion": "early"}
 BACKBONE = "vit_base_patch16_224"
+# A file's settings must not be able to ask for any amount of memory.
+MAX_IMAGE_SIZE = 4096
 
 
 @dataclass
@@ -93,8 +96,8 @@ def select(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
 def resize_pos_embed(pos_embed: Tensor, grid: int) -> Tensor:
     """Position embedding ``[1, 1 + n * n, W]`` to ``[1, 1 + grid * grid, W]``, bicubic; the CLS row
     stays as it is."""
-    side = round((pos_embed.shape[1] - 1) ** 0.5)
-    if pos_embed.dim() != 3 or side * side + 1 != pos_embed.shape[1]:
+    side = round(max(0, pos_embed.shape[1] - 1) ** 0.5) if pos_embed.dim() == 3 else 0
+    if not side or side * side + 1 != pos_embed.shape[1]:
         raise ValueError(f"pos_embed must be [1, 1 + n * n, W], got {list(pos_embed.shape)}")
     if side == grid:
         return pos_embed
@@ -107,20 +110,32 @@ def _shape(tensors: dict[str, Tensor], name: str, dims: int) -> list[int]:
     if name not in tensors:
         raise ValueError(f"not a BagFormer checkpoint: it has no {name}")
     shape = list(tensors[name].shape)
-    if len(shape) != dims:
-        raise ValueError(f"{name}: expected {dims} dimensions, got {shape}")
+    if len(shape) != dims or 0 in shape:
+        raise ValueError(f"{name}: expected {dims} dimensions, none of them 0, got {shape}")
     return shape
 
 
-def _count(names: Iterable[str], pattern: str) -> int:
-    numbers = [int(found[1]) for name in names if (found := re.match(pattern, name))]
-    return max(numbers, default=-1) + 1
+def _count(names: Iterable[str], prefix: str) -> int:
+    """How many layers are numbered behind ``prefix``.
+
+    A stray number must not make as many layers: a name costs nothing, a layer does.
+    """
+    pattern = re.compile(re.escape(prefix) + r"(0|[1-9]\d{0,8})\.")
+    numbers = {int(found[1]) for name in names if (found := pattern.match(name))}
+    for expected, number in enumerate(sorted(numbers)):
+        if number != expected:
+            raise ValueError(f"the checkpoint has {prefix}{number}, but no {prefix}{expected}")
+    return len(numbers)
 
 
 def _heads(given: int | None, width: int, what: str) -> int:
+    if given is None and width % 64:
+        raise ValueError(
+            f"{what} must be given: its default of one per 64 features does not fit {width}"
+        )
     heads = width // 64 if given is None else given
     if heads < 1 or width % heads:
-        raise ValueError(f"{what} must divide {width}; give it, got {given}")
+        raise ValueError(f"{what} must divide {width}, got {given}")
     return heads
 
 
@@ -129,8 +144,10 @@ def _vision(tensors: dict[str, Tensor], heads: int | None, image_size: int | Non
     positions = _shape(tensors, _POS_EMBED, 3)[1]
     hidden = _shape(tensors, "visual_encoder.blocks.0.mlp.fc1.weight", 2)[0]
     size = image_size or round((positions - 1) ** 0.5) * patch
-    if size % patch:
-        raise ValueError(f"image_size={size} is no multiple of the patch size {patch}")
+    if size % patch or not 0 < size <= MAX_IMAGE_SIZE:
+        raise ValueError(
+            f"image_size={size} is no multiple of the patch size {patch} up to {MAX_IMAGE_SIZE}"
+        )
     ratio = hidden / width
     if int(width * ratio) < hidden:
         # timm multiplies and cuts off
@@ -138,7 +155,7 @@ def _vision(tensors: dict[str, Tensor], heads: int | None, image_size: int | Non
     options = {
         "patch_size": patch,
         "embed_dim": width,
-        "depth": _count(tensors, r"visual_encoder\.blocks\.(\d+)\."),
+        "depth": _count(tensors, "visual_encoder.blocks."),
         "num_heads": _heads(heads, width, "vision_heads"),
         "mlp_ratio": ratio,
     }
@@ -149,7 +166,7 @@ def _text(tensors: dict[str, Tensor], bert_config: dict, heads: int | None) -> t
     """BERT's configuration, and the first layer that attends to the picture."""
     prefix = "text_encoder.embeddings."
     vocabulary, hidden = _shape(tensors, prefix + "word_embeddings.weight", 2)
-    layers = _count(tensors, r"text_encoder\.encoder\.layer\.(\d+)\.")
+    layers = _count(tensors, "text_encoder.encoder.layer.")
     inner = _shape(tensors, "text_encoder.encoder.layer.0.intermediate.dense.weight", 2)[0]
     found = {
         "vocab_size": vocabulary,
@@ -292,7 +309,7 @@ def convert_checkpoint(
 
     Raises FileNotFoundError, FileExistsError, or ValueError saying what is wrong with which tensor.
     """
-    output = Path(output)
+    output = Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise FileExistsError(f"{output} exists and is not an empty folder")
     if dictionary is not None and tokenizer is None:
@@ -301,7 +318,13 @@ def convert_checkpoint(
     tensors, dropped = select(original.tensors)
     settings = original.settings
     if fusion is None:
-        fusion = "early" if settings.get("fusion_strategy") == "early_fusion" else "late"
+        strategy = settings.get("fusion_strategy")
+        if strategy is not None and strategy not in tuple(_FUSIONS):
+            raise ValueError(
+                f"{checkpoint}: its settings have fusion_strategy={strategy!r}, expected "
+                "late_fusion or early_fusion"
+            )
+        fusion = _FUSIONS[strategy]
     if image_size is None and isinstance(settings.get("image_res"), int):
         image_size = int(settings["image_res"])
     config = infer_config(tensors, image_size=image_size, fusion=fusion, **options)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bagformer.models.text import TextEncoder
+from bagformer.reference import accumulation_dtype
 
 
 class Negatives(NamedTuple):
@@ -102,4 +103,6 @@ def match(
     logits = head(fused[:, 0])
     labels = torch.zeros(len(texts), dtype=torch.long, device=logits.device)
     labels[:batch] = 1
-    return MatchingOutput(F.cross_entropy(logits.float(), labels), logits, labels)
+    return MatchingOutput(
+        F.cross_entropy(logits.to(accumulation_dtype(logits.dtype)), labels), logits, labels
+    )

@@ -50,10 +50,10 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
 
     16-bit grey is scaled to 8 bits; Pillow alone would cut it off at 255.
     """
-    if image.mode == "RGB":
-        return image
     if 0 in image.size:
         raise ValueError(f"{name} has no pixels: {image.size}")
+    if image.mode == "RGB":
+        return image
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
         if image.mode != "I" or values.max() > 255:

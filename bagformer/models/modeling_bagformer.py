@@ -12,14 +12,16 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from bagformer.losses import BagwiseContrastiveLoss, multi_positive_cross_entropy
+from bagformer.losses import BagwiseContrastiveLoss, check_positives, multi_positive_cross_entropy
 from bagformer.models.configuration_bagformer import BagFormerConfig
 from bagformer.models.fusion import draw_negatives, given_negatives, match
+from bagformer.models.inputs import check_texts
 from bagformer.models.text import TextEncoder
 from bagformer.models.vision import VisionEncoder
 from bagformer.ops.bag_pool import bag_pool
 from bagformer.ops.l2_normalize import l2_normalize
 from bagformer.ops.maxsim import maxsim
+from bagformer.reference import accumulation_dtype
 
 # Range of the learned temperature of the loss on CLS tokens.
 CLS_TEMPERATURE_RANGE = (0.05, 0.5)
@@ -146,19 +148,6 @@ class BagFormerModel(BagFormerPreTrainedModel):
     def set_input_embeddings(self, value: nn.Module) -> None:
         self.text_model.set_input_embeddings(value)
 
-    def _check_bags(self, offsets: Tensor | None, mask: Tensor | None, batch: int) -> None:
-        if offsets is None or mask is None:
-            raise ValueError(
-                "interaction='bagwise' needs bag_offsets [B, N + 1] and bag_mask [B, N], "
-                "as BagFormerProcessor gives them"
-            )
-        if offsets.dim() != 2 or offsets.shape[0] != batch or offsets.shape[1] < 2:
-            raise ValueError(f"bag_offsets must be [{batch}, N + 1], got {list(offsets.shape)}")
-        if mask.shape != (batch, offsets.shape[1] - 1):
-            raise ValueError(
-                f"bag_mask must be {[batch, offsets.shape[1] - 1]}, got {list(mask.shape)}"
-            )
-
     def _token_mask(self, attention_mask: Tensor) -> Tensor:
         """Which tokens count where every token is a bag of its own."""
         if self.config.protocol == "original":
@@ -185,13 +174,15 @@ class BagFormerModel(BagFormerPreTrainedModel):
         interaction ``bag_offsets [B, N + 1]`` with ``bag_mask [B, N]``. ``cls_token`` gives N = 1,
         ``tokenwise`` N = T. Under the protocol ``corrected`` an empty bag never counts.
         """
-        if input_ids.dim() != 2:
-            raise ValueError(f"input_ids must be [B, T], got {list(input_ids.shape)}")
+        bags: dict[str, Any] = {}
+        if self.config.interaction == "bagwise":
+            bags = {"bag_offsets": bag_offsets, "bag_mask": bag_mask}
+        positions = self.config.text_config.max_position_embeddings
+        check_texts(self.get_input_embeddings(), positions, input_ids, attention_mask, bags)
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         mask: Any = None
-        if self.config.interaction == "bagwise":
-            self._check_bags(bag_offsets, bag_mask, len(input_ids))
+        if bags:
             mask = bag_mask.bool()
             if self.config.protocol == "corrected":
                 mask = mask & (bag_offsets[:, 1:] > bag_offsets[:, :-1])
@@ -343,8 +334,10 @@ class BagFormerForRetrieval(BagFormerModel):
             output.loss_twc = self.twc_loss.from_scores(
                 output.text_to_image, output.image_to_text, positives
             )
+        elif positives is not None and not torch.compiler.is_compiling():
+            check_positives(positives, (batch, images))
         similarity = output.text_cls @ output.image_cls.t()
-        logits = similarity.float() / self.cls_temperature()
+        logits = similarity.to(accumulation_dtype(similarity.dtype)) / self.cls_temperature()
         flipped = None if positives is None else positives.t()
         output.loss_ita = 0.5 * (
             multi_positive_cross_entropy(logits, positives)

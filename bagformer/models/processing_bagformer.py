@@ -18,7 +18,7 @@ from bagformer.bags import Bags, BagSegmenter
 from bagformer.dictionary import token_ids_of
 from bagformer.models.configuration_bagformer import PROTOCOL_DEFAULTS, BagFormerConfig
 from bagformer.models.image_processing_bagformer import BagFormerImageProcessor
-from bagformer.models.tokens import Encoded, clean, encode
+from bagformer.models.tokens import Encoded, as_length, as_texts, check_vocabulary, clean, encode
 from bagformer.ops.maxsim import maxsim
 
 CONFIG_FILE = "processor_config.json"
@@ -92,6 +92,9 @@ class BagFormerProcessor(ProcessorMixin):
         if segmenter is None:
             names = PROTOCOL_DEFAULTS["corrected"]["masked_tokens"]
             segmenter = BagSegmenter((), masked_ids=token_ids_of(tokenizer, names))
+        max_text_length = as_length(max_text_length, 0, "max_text_length")
+        if not isinstance(sep_token, bool):
+            raise TypeError(f"sep_token must be True or False, got {sep_token!r}")
         if max_text_length < 2 + int(sep_token):
             raise ValueError(f"max_text_length={max_text_length} leaves no room for text")
         self.segmenter = segmenter
@@ -113,6 +116,7 @@ class BagFormerProcessor(ProcessorMixin):
         reader = tokenizer
         if isinstance(reader, (str, Path)):
             reader = BertTokenizer.from_pretrained(str(reader))
+        check_vocabulary(reader)
         masked = tuple(config.masked_tokens)
         if dictionary is None:
             ids = token_ids_of(reader, masked)
@@ -179,10 +183,8 @@ class BagFormerProcessor(ProcessorMixin):
         return self(text=text, **kwargs)
 
     def _encode(self, text: Any, truncation: bool, max_length: int | None) -> list[Encoded]:
-        texts = [text] if isinstance(text, str) else list(text)
-        if not texts:
-            raise ValueError("text is empty")
-        encoded = encode(self.tokenizer, texts, max_length or self.max_text_length, self.sep_token)
+        length = as_length(max_length, self.max_text_length)
+        encoded = encode(self.tokenizer, as_texts(text), length, self.sep_token)
         if not truncation:
             for row, one in enumerate(encoded):
                 if one.truncated:
@@ -194,7 +196,7 @@ class BagFormerProcessor(ProcessorMixin):
     ) -> tuple[Tensor, Tensor]:
         if padding not in PADDINGS:
             raise ValueError(f"padding must be one of {', '.join(PADDINGS)}, got {padding!r}")
-        length = max_length or self.max_text_length
+        length = as_length(max_length, self.max_text_length)
         if padding == "longest":
             length = max(len(one.ids) for one in encoded)
         ids = torch.full((len(encoded), length), self.tokenizer.pad_token_id, dtype=torch.long)
@@ -213,7 +215,7 @@ class BagFormerProcessor(ProcessorMixin):
         special tokens by name and an empty bag as an empty string. ``kwargs``: ``padding`` and
         ``max_length`` as in a call, which matter to the matchers of the original.
         """
-        texts = [text] if isinstance(text, str) else list(text)
+        texts = as_texts(text)
         encoded = self._encode(texts, True, kwargs.get("max_length"))
         ids, _ = self._pad_ids(
             encoded, kwargs.get("padding", "max_length"), kwargs.get("max_length")
@@ -360,7 +362,7 @@ class BagFormerProcessor(ProcessorMixin):
         config_path = str(cached_file(name, CONFIG_FILE, **hub))
         try:
             described = json.loads(Path(config_path).read_text(encoding="utf-8"))
-            bags_name, expected = described["bags_file"], described["bags_sha256"]
+            bags_name, expected = str(described["bags_file"]), described["bags_sha256"]
             options = {key: described[key] for key in ("max_text_length", "sep_token")}
         except (ValueError, KeyError, TypeError) as error:
             raise ValueError(f"{config_path} is not a BagFormer processor: {error!r}") from error
@@ -374,9 +376,11 @@ class BagFormerProcessor(ProcessorMixin):
             raise ValueError(
                 f"{bags_path} is not the file that was saved: sha256 {actual}, expected {expected}"
             )
+        tokenizer = BertTokenizer.from_pretrained(name, **hub)
+        check_vocabulary(tokenizer)
         return cls(
             BagFormerImageProcessor.from_pretrained(name, **hub),
-            BertTokenizer.from_pretrained(name, **hub),
+            tokenizer,
             BagSegmenter.load(bags_path),
             **options,
         )

@@ -21,6 +21,48 @@ class Encoded(NamedTuple):
     truncated: bool
 
 
+def as_texts(text: Any) -> list[Any]:
+    """One text or several to a list that is not empty."""
+    if isinstance(text, str):
+        return [text]
+    if isinstance(text, (bytes, bytearray)) or not hasattr(text, "__iter__"):
+        raise TypeError(f"text must be a str or a list of them, got {type(text).__name__}")
+    texts = list(text)
+    if not texts:
+        raise ValueError("text is empty")
+    return texts
+
+
+def as_length(value: Any, default: int, name: str = "max_length") -> int:
+    """``value``, an int, or ``default`` where it is None."""
+    if value is None:
+        return default
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    return value
+
+
+def check_vocabulary(tokenizer: Any) -> None:
+    """Raise ValueError unless the vocabulary is one that texts can be read with.
+
+    transformers makes up a vocabulary of special tokens where a folder holds none, under which
+    every word is unknown, and adds those that a file lacks, without which WordPiece fails.
+    """
+    known = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
+    special = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
+    lacking = [token for token in special if token not in known]
+    if lacking:
+        raise ValueError(
+            f"the tokenizer's vocabulary ({len(known)} tokens) lacks {', '.join(lacking)}: it is "
+            "not that of a BERT model"
+        )
+    if all(token in {*special, "[MASK]"} for token in known):
+        raise ValueError(
+            "the tokenizer's vocabulary has special tokens alone: its tokenizer.json or vocab.txt "
+            "is missing or empty"
+        )
+
+
 def clean(text: Any, name: str) -> str:
     """A string that can be encoded: surrogate pairs are joined, lone surrogates become U+FFFD.
 

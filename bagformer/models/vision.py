@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from bagformer.models.configuration_bagformer import BagFormerVisionConfig
+from bagformer.models.inputs import check_pixels
 
 # Parts of a classifier that forward_features of some architectures never reaches.
 _HEADS = ("head", "head_dist", "fc", "classifier", "conv_head", "norm_head", "fc_norm", "attn_pool")
@@ -164,11 +165,10 @@ class VisionEncoder(nn.Module):
 
     def forward(self, pixel_values: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Returns the tokens and the (rows, columns) of the patches among them."""
-        if not pixel_values.is_floating_point():
-            raise TypeError(f"pixel_values must be floating point, got {pixel_values.dtype}")
-        if pixel_values.dim() != 4 or pixel_values.shape[1] != 3:
-            raise ValueError(f"pixel_values must be [B, 3, H, W], got {list(pixel_values.shape)}")
         weight = next(self.backbone.parameters())
+        embed = getattr(self.backbone, "patch_embed", None)
+        fixed = getattr(embed, "img_size", None) if getattr(embed, "strict_img_size", 0) else None
+        check_pixels(weight, pixel_values, fixed)
         features = self.backbone.forward_features(pixel_values.to(weight.dtype))
         layout = self.layout
         if layout.kind == "tokens":

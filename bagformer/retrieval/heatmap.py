@@ -54,8 +54,10 @@ def square(picture: Image.Image, size: int) -> Image.Image:
 
 
 def thumbnail(picture: Image.Image, size: int) -> Image.Image:
-    """The picture in its own shape, at most ``size`` pixels high and wide."""
-    return ImageOps.contain(picture.convert("RGB"), (size, size), Image.Resampling.LANCZOS)
+    """The picture in its own shape, at most ``size`` pixels high and wide, and at least 1."""
+    scale = size / max(picture.size)
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    return picture.convert("RGB").resize((width, height), Image.Resampling.LANCZOS)
 
 
 def _edges(cells: int, size: int) -> list[int]:

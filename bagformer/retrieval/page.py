@@ -140,6 +140,11 @@ def _scale() -> str:
     return data_uri(strip)
 
 
+def _short(value: float) -> str:
+    """Two decimals, and no minus before a zero."""
+    return f"{round(value, 2) + 0.0:.2f}"
+
+
 def _verdict(query: Mapping[str, Any]) -> str:
     rank = query["first_relevant_rank"]
     if rank is None:
@@ -183,7 +188,7 @@ def _query(query: Mapping[str, Any], pictures: Mapping[str, Any], scale: str) ->
         f'<div class="sides"><div><div class="bar"><h3>Best pictures</h3></div>'
         f'<div class="tiles">{"".join(tiles)}</div></div>'
         f'<div><div class="bar"><h3>What its bags found in the first of them</h3>'
-        f'<span class="legend">{low:.2f}<img alt="" src="{scale}">{high:.2f}</span></div>'
+        f'<span class="legend">{_short(low)}<img alt="" src="{scale}">{_short(high)}</span></div>'
         f'<div class="heats">{"".join(heats)}</div></div></div></article>'
     )
 
