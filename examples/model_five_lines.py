@@ -8,6 +8,8 @@ from PIL import Image
 from bagformer import BagFormerForRetrieval, BagFormerProcessor
 from bagformer.assets import tiny_model_path
 
+if len(sys.argv) < 2:
+    sys.exit(f"usage: {sys.argv[0]} PICTURE [PICTURE ...]")
 pictures = [Image.open(path) for path in sys.argv[1:]]
 folder = tiny_model_path()  # or any folder of save_pretrained, or of `bagformer convert`
 

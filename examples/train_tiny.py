@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers import BertTokenizer
 
 from bagformer import BagFormerConfig, BagFormerForRetrieval, BagFormerProcessor, maxsim
-from bagformer.assets import sample_path
+from bagformer.assets import sample_path, vocabulary_path
 from bagformer.data.muge import MugeImages, Queries, Query, read_queries
 from bagformer.data.sample import IMAGES, QUERIES, UNSEEN_QUERIES
 from bagformer.retrieval.metrics import first_relevant_ranks, recall_at
@@ -156,7 +156,7 @@ class Trainer:
         torch.manual_seed(config["seed"])
         torch.set_num_threads(config["threads"])
         model_config = BagFormerConfig(**config["model"], max_text_length=config["max_text_length"])
-        tokenizer = BertTokenizer(vocab=str(config["vocabulary"]), do_lower_case=True)
+        tokenizer = BertTokenizer(vocab=str(vocabulary_path()), do_lower_case=True)
         self.processor = BagFormerProcessor.from_config(
             model_config, tokenizer, folder / "entities.txt"
         )

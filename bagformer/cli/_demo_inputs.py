@@ -65,6 +65,8 @@ def _read_lines(path: Path) -> list[str]:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise CommandError(f"{path}: not UTF-8: {error}") from error
+    except FileNotFoundError as error:
+        raise CommandError(f"--queries: there is no file {path}") from error
     return [line.strip() for line in lines if line.strip()]
 
 

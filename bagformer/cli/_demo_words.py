@@ -34,7 +34,7 @@ def counted(number: int, one: str, many: str) -> str:
 
 def title_and_lede(n_texts: int, n_images: int, n_bags: int, reduction: str) -> dict[str, str]:
     return {
-        "title": counted(n_texts, "query finds its pictures", "queries find their pictures")
+        "title": counted(n_texts, "query looks for its pictures", "queries look for their pictures")
         + f" among {n_images:,}",
         "lede": (
             f"Each query is cut into bags of words ({n_bags / n_texts:.2f} a query here). Every "

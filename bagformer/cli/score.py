@@ -3,8 +3,9 @@
     bagformer score 高领毛衣 女士靴子 --images photos/
     bagformer score 单肩包 --images a.jpg b.jpg --json
 
-For each text the pictures are ranked by text_to_image, the sum over its bags of the best patch; for
-each picture the texts by image_to_text, the sum over its patches of the best bag.
+For each text the pictures are ranked by text_to_image, the best patch of each of its bags,
+and for each picture the texts by image_to_text, the best bag of each of its patches: summed or
+averaged, as the model's config says.
 """
 
 from __future__ import annotations

@@ -107,6 +107,8 @@ def _cut(processor: Any, batch: list[str], args: argparse.Namespace) -> list[dic
 
 
 def run(args: argparse.Namespace) -> int:
+    if not args.text and not args.quiet and sys.stdin is not None and sys.stdin.isatty():
+        print("reading texts from standard input, one a line", file=sys.stderr)
     texts = texts_from(args.text)
     processor = _processor(args)
     segmenter = processor.segmenter

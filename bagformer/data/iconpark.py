@@ -296,7 +296,7 @@ def build(
     """
     target = Path(out)
     if target.exists() and any(target.iterdir()) and not overwrite:
-        raise FileExistsError(f"{target} is not empty; give another folder or overwrite=True")
+        raise FileExistsError(f"{target} is not empty; give another folder or ask to overwrite it")
     target.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as scratch:
         source = Path(tarball) if tarball is not None else fetch_tarball(Path(scratch))
