@@ -36,7 +36,9 @@ format: $(VENV)/installed-test
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/installed-test
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	$(BIN)/python benchmarks/maxsim_cpu.py
+	$(BIN)/python benchmarks/segmentation.py --vocabulary bagformer/assets/vocab.txt \
+		--dictionary bagformer/assets/iconpark_sample/entities.txt
 
 clean:
 	rm -rf build dist *.egg-info bagformer/*.so .pytest_cache .mypy_cache .ruff_cache demo.html demo.json
