@@ -4,7 +4,7 @@ A program owns a few bags of one text, over the full width. It walks its bags' t
 sums are added in token order in float32 and nothing is written by two programs. In the backward the
 owner of a bag also owns the gradient rows of the bag's tokens.
 """
-# ruff: noqa: N803 - Triton's constexpr parameters are written in capitals
+# ruff: noqa: N803, N806 - Triton's constexpr parameters are written in capitals
 
 import torch
 import triton

@@ -96,6 +96,7 @@ def maxsim_topk(
     span = triton.next_power_of_2(k)
     best = torch.empty(n_rows, span, dtype=torch.int64, device=text.device)
     stripe = max(SMALLEST_STRIPE, STRIPE_SCORES // n_rows)
+    block = min(1024, triton.next_power_of_2(min(stripe, n_columns)))
     for first in range(0, n_columns, stripe):
         part = slice(first, first + stripe)
         words, pictures = (text, image[part]) if to_image else (text[part], image)
@@ -107,7 +108,7 @@ def maxsim_topk(
         )[0 if to_image else 1]  # fmt: skip
         merge_kernel[(n_rows,)](
             found, best, found.shape[1], first, k,
-            SPAN=span, BLOCK=min(1024, triton.next_power_of_2(found.shape[1])), num_warps=4,
+            SPAN=span, BLOCK=block, num_warps=4,
         )  # fmt: skip
     unpack_kernel[(n_rows,)](best, scores, indices, k, SPAN=span, num_warps=4)
     return scores, indices
