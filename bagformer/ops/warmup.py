@@ -75,15 +75,15 @@ class _Request:
         if len(images) == 1:
             sides = self._spread(texts, self.bags), self._spread(images[0], self.patches)
         else:
-            sides = self._empty(texts, self.bags), self._empty(*images, self.patches)
+            sides = self._zeros(texts, self.bags), self._zeros(*images, self.patches)
         text_mask, image_mask = (
             torch.ones(side.shape[:-1], dtype=torch.bool, device=self.device) if masked else None
             for side, masked in zip(sides, self.masks, strict=True)
         )
         return *sides, text_mask, image_mask
 
-    def _empty(self, *shape: int) -> Tensor:
-        return torch.empty(*shape, self.width, dtype=self.dtype, device=self.device)
+    def _zeros(self, *shape: int) -> Tensor:
+        return torch.zeros(*shape, self.width, dtype=self.dtype, device=self.device)
 
     def _spread(self, count: int, rows: int) -> Tensor:
         """``[count, rows, width]``, of one item where the kernels cannot tell.
@@ -91,8 +91,8 @@ class _Request:
         Triton compiles for strides that are multiples of 16 or are not, here in units of 8; 0 is.
         """
         if rows * self.width % (16 * 8) == 0:
-            return self._empty(1, rows).expand(count, -1, -1)
-        return self._empty(count, rows)
+            return self._zeros(1, rows).expand(count, -1, -1)
+        return self._zeros(count, rows)
 
 
 def _few(count: int, enough: int) -> int:
