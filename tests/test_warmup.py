@@ -35,8 +35,11 @@ def test_without_a_gpu_there_is_nothing_to_compile(monkeypatch):
 @pytest.mark.parametrize(
     "wrong,error,message",
     [
-        ({"texts": 0}, ValueError, "texts must be a positive int or several of them, got 0"),
-        ({"bags": (7, 2.5)}, ValueError, r"bags must be a positive int .* got \(7, 2.5\)"),
+        ({"texts": 0}, ValueError, "texts must be a positive int or a sequence of them, got 0"),
+        ({"bags": (7, 2.5)}, ValueError, "bags must be a positive int .* got 2.5"),
+        ({"width": 0}, ValueError, "width must be a positive int, got 0"),
+        ({"images": (3, 4)}, ValueError, "images must be a positive int, got"),
+        ({"patches": ()}, ValueError, r"patches must be a positive int .* got \(\)"),
         ({"k": True}, ValueError, "k must be a positive int"),
         ({"mask_mode": "none"}, ValueError, "mask_mode must be one of exclude, zero"),
         ({"precision": "fp64"}, ValueError, "precision must be one of fp32, tf32, bf16"),
@@ -87,7 +90,7 @@ def keys(found):
 
 
 def request(texts, images, bags, *, patches=257, width=256, hidden=768, dtype=BF16, masks, mode,
-            reduction, training, candidates=None, k=None):  # fmt: skip
+            reduction, directions="both", training, candidates=None, k=None):  # fmt: skip
     """One real request, by the operators' own functions at its real sizes."""
     states = empty(texts, bags + 3, hidden, dtype=dtype)
     offsets = empty(texts, bags + 1, dtype=torch.int32)
@@ -106,10 +109,11 @@ def request(texts, images, bags, *, patches=257, width=256, hidden=768, dtype=BF
     tail = "fp32", "triton"
     for other, other_mask in forms:
         sides = text, other, text_mask, other_mask
-        out = _maxsim_ops.run(*sides, mode, "both", reduction, training, *tail)
+        out = _maxsim_ops.run(*sides, mode, directions, reduction, training, *tail)
         if training:
             settings = mode, reduction, *tail, True, True
-            _maxsim_ops._run_backward(*out[:2], *sides, *out[2:], *settings)
+            slopes = (score if score.numel() else None for score in out[:2])
+            _maxsim_ops._run_backward(*slopes, *sides, *out[2:], *settings)
     if training:
         bag_pool._run_backward(pooled, None, offsets, None, bags + 3, 1e-12, "triton")
     if k:
@@ -128,6 +132,9 @@ CASES = {
     "both masks, zero, mean": (
         {"training": True, "texts": 300, "images": 300, "masks": (True, True), "mask_mode": "zero",
          "reduction": "mean"}, (25,),
+    ),
+    "one direction": (
+        {"training": True, "texts": 64, "images": 64, "directions": "image_to_text"}, (25,),
     ),
     "one query": ({"texts": 1, "images": 5000, "k": 10}, (4, 9, 25)),
     "a few queries, sorted": ({"texts": 20, "images": 30000, "k": 100}, (9, 25)),

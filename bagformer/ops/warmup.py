@@ -22,7 +22,7 @@ from bagformer.ops import (
 from bagformer.ops._checks import check_choice, check_flag
 from bagformer.ops._maxsim_torch import Options
 from bagformer.ops.backend import choose_backend
-from bagformer.reference import MASK_MODES, REDUCTIONS
+from bagformer.reference import DIRECTIONS, MASK_MODES, REDUCTIONS
 
 MODULES = ("bag_pool", "maxsim", "maxsim_backward", "nan_argmax", "normalize", "plan", "topk")
 MERGED = 1024
@@ -149,8 +149,9 @@ def _run_scores(request: _Request, texts: int, *images: int) -> None:
     sides, options = request.sides(texts, *images), request.options
     t2i, i2t, *winners = _maxsim_triton.forward(*sides, options, request.training)
     if request.training:
+        slopes = t2i if options.wants_text else None, i2t if options.wants_image else None
         chosen, wants = (winners[0], winners[1]), (True, True)
-        _maxsim_triton.backward((t2i, i2t), *sides, chosen, options, wants, wide=False)
+        _maxsim_triton.backward(slopes, *sides, chosen, options, wants, wide=False)
 
 
 def _run_topk(request: _Request, k: int) -> None:
@@ -176,13 +177,24 @@ def _run(request: _Request, hidden: int, candidates: int | None, k: int | None) 
         _run_topk(request, k)
 
 
-def _counts(name: str, value: int | Sequence[int], halves: bool = False) -> list[int]:
-    """Checked numbers; ``halves`` adds to one number the powers of two below it."""
-    given = [value] if isinstance(value, int) else list(value)
+def _either(given: Any, config: Any, field: str, default: Any) -> Any:
+    """What is given, else what the configuration says, else the default."""
+    return getattr(config, field, default) if given is None else given
+
+
+def _check_count(name: str, value: Any, kind: str = "a positive int") -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be {kind}, got {value!r}")
+    return value
+
+
+def _counts(name: str, value: Any, halves: bool = False) -> list[int]:
+    """One number or several; ``halves`` adds to one number the powers of two below it."""
+    several = isinstance(value, Sequence) and len(value) > 0
+    given = list(value) if several else [value]
     for one in given:
-        if not isinstance(one, int) or isinstance(one, bool) or one < 1:
-            raise ValueError(f"{name} must be a positive int or several of them, got {value!r}")
-    if halves and isinstance(value, int):
+        _check_count(name, one, "a positive int or a sequence of them")
+    if halves and not several:
         given += [1 << power for power in range(value.bit_length()) if 1 << power < value]
     return sorted(set(given))
 
@@ -211,6 +223,7 @@ def warmup(
     images: int = ENOUGH,
     masks: tuple[bool, bool] = (True, False),
     mask_mode: str | None = None,
+    directions: str = "both",
     reduction: str | None = None,
     precision: str = "fp32",
     training: bool = False,
@@ -237,7 +250,7 @@ def warmup(
         texts, images: how many a call scores. Few texts take narrower tiles, and many pairs with
             a mask are sorted, so name the sizes that matter, such as ``(1, 256)``.
         masks: whether texts, and whether images, come with a mask.
-        mask_mode, reduction, precision: as in ``maxsim``.
+        mask_mode, directions, reduction, precision: as in ``maxsim``.
         training: gradients too.
         candidates: also the candidate form with this many images for each text; 1 for
             ``maxsim_pairs``.
@@ -252,42 +265,43 @@ def warmup(
     """
     check_flag("training", training)
     config = getattr(config, "config", config)
-    width = width or getattr(config, "embed_dim", 256)
-    hidden = hidden or getattr(getattr(config, "text_config", None), "hidden_size", 768)
-    bags = bags or getattr(config, "max_text_length", 32)
-    mode = mask_mode or getattr(config, "mask_mode", "exclude")
-    reduced = reduction or getattr(config, "reduction", "sum")
+    size = _either(width, config, "embed_dim", 256)
+    states = _either(hidden, getattr(config, "text_config", None), "hidden_size", 768)
+    most = _either(bags, config, "max_text_length", 32)
+    mode = _either(mask_mode, config, "mask_mode", "exclude")
+    reduced = _either(reduction, config, "reduction", "sum")
     check_choice("mask_mode", mode, MASK_MODES)
+    check_choice("directions", directions, DIRECTIONS)
     check_choice("reduction", reduced, REDUCTIONS)
     check_choice("precision", precision, tuple(_triton.PRECISIONS))
     if not isinstance(dtypes, Sequence) or not all(isinstance(one, torch.dtype) for one in dtypes):
         raise TypeError(f"dtypes must be a sequence of torch.dtype, got {dtypes!r}")
     if not (isinstance(masks, tuple) and [type(one) for one in masks] == [bool, bool]):
         raise TypeError(f"masks must be two bools, (texts, images), got {masks!r}")
-    for name, value in (("width", width), ("hidden", hidden), ("images", images)):
-        _counts(name, value)
+    for name, value in (("width", size), ("hidden", states), ("images", images)):
+        _check_count(name, value)
     sizes = [
         (one, few, rows)
-        for one in _counts("bags", bags, halves=True)
+        for one in _counts("bags", most, halves=True)
         for few in _counts("texts", texts)
         for rows in _counts("patches", patches)
     ]
     for name, optional in (("candidates", candidates), ("k", k)):
-        _counts(name, 1 if optional is None else optional)
+        _check_count(name, 1 if optional is None else optional)
     place = _place(device)
     note = _why_not(place, dtypes)
     if note:
         return WarmupReport(str(place), note=note)
     begin, before = time.perf_counter(), _compiled()
-    options = Options(mode, "both", reduced, precision)
+    options = Options(mode, directions, reduced, precision)
     with torch.no_grad():
         for dtype in dtypes:
-            _run_rows(dtype, width, training, place)
+            _run_rows(dtype, size, training, place)
             for one, few, rows in sizes:
                 request = _Request(
-                    place, dtype, few, images, one, rows, width, options, masks, training
+                    place, dtype, few, images, one, rows, size, options, masks, training
                 )
-                _run(request, hidden, candidates, k)
+                _run(request, states, candidates, k)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize(place)
     made = _compiled() - before
