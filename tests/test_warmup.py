@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -79,6 +82,14 @@ def test_a_configuration_gives_the_sizes(monkeypatch):
     bagformer.warmup("cpu", config=config, width=128, bags=(6,), mask_mode="exclude")
     assert seen[-1][0].width == 128 and seen[-1][0].bags == 6
     assert seen[-1][0].options.mask_mode == "exclude"
+    bagformer.warmup("cpu", config=bagformer.BagFormerConfig(reduction="mean"))
+    request, hidden, *_ = seen[-1]
+    assert (request.width, hidden, request.bags, request.options.reduction) == (
+        256,
+        768,
+        25,
+        "mean",
+    )
 
 
 def empty(*shape, dtype=BF16):
@@ -169,6 +180,26 @@ def test_what_a_request_launches_was_compiled(case, monkeypatch):
                 request(bags=bags, dtype=dtype, **call)
                 missing = keys(found) - ready
                 assert not missing, "\n".join(sorted(missing))
+
+
+def test_what_triton_compiled_is_counted():
+    """Compiled for a GPU that is not here, in a process of its own."""
+    pytest.importorskip("triton", reason="Triton has no wheel for this platform")
+    script = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); import aot_report\n"
+        "from bagformer.ops import _l2_normalize_triton as unit, warmup\n"
+        "assert not warmup._compiled()\n"
+        "with aot_report.compiling_for(aot_report.TARGETS['sm_90']):\n"
+        "    for width in (64, 64, 48):\n"
+        "        unit.forward(torch.empty(4, width, device='meta'), 1e-12)\n"
+        "print(dict(warmup._compiled()))"
+    )
+    folder = Path(__file__).resolve().parent.parent / "benchmarks"
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(folder)], capture_output=True, text=True, env=env
+    )
+    assert done.stdout.strip() == "{'l2_normalize_forward_kernel': 1}", done.stderr
 
 
 def test_the_report_counts_every_kernel():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-import triton
 from bagformer.kernels import bag_pool as pooling
 from support.makers import features, mask
 
@@ -34,8 +33,7 @@ def test_a_training_step_was_warmed_up(launched, device, mode, masks):
         device, dtypes=(torch.float32,), width=width, hidden=hidden, bags=(bags,), patches=patches,
         texts=texts, images=images, masks=masks, mask_mode=mode, training=True, candidates=1, k=2,
     )  # fmt: skip
-    compiled = not isinstance(pooling.bag_pool_forward_kernel, triton.runtime.JITFunction)
-    assert report.note == "" and (report.kernels == {}) is compiled
+    assert report.note == "" and (device.type == "cuda" or report.kernels == {})
     ready = {*launched}
     launched.clear()
     states = features(texts, tokens, hidden).to(device).requires_grad_()
