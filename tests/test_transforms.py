@@ -100,6 +100,9 @@ def test_gradients_by_torch_func_are_refused_in_words(name, transform):
     x = features(2, 4, 3)
     with pytest.raises(RuntimeError, match=r"differentiated by torch.func .* do not support"):
         transform(loss, x) if transform is torch.func.vjp else transform(loss)(x)
+    # what is not differentiated passes, though it is wrapped all the same
+    (slope,) = torch.func.grad(lambda x: (x * loss(x.detach() * 2)).sum(), argnums=(0,))(x)
+    assert torch.equal(slope, loss(2 * x).expand_as(x))
     # inside of vmap too
     with pytest.raises(RuntimeError, match=r"differentiated by torch\.func"):
         torch.func.vmap(torch.func.grad(loss))(x[None])

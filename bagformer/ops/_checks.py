@@ -47,7 +47,7 @@ def check_no_transform(name: str, value: Tensor) -> None:
         return
     functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(value):
-        if functorch.is_gradtrackingtensor(value):
+        if functorch.is_gradtrackingtensor(value) and value.requires_grad:
             raise RuntimeError(
                 f"{name} is differentiated by torch.func (grad, vjp, jacrev), which bagformer's "
                 "operators do not support: use backward() or torch.autograd.grad, or take "
