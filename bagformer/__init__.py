@@ -22,6 +22,7 @@ _HOME = {
     "MaxSimScores": "bagformer.reference",
     "TopK": "bagformer.reference",
     "explain_backend": "bagformer.ops.backend",
+    "warmup": "bagformer.ops.warmup",
     "Bags": "bagformer.bags",
     "BagSegmenter": "bagformer.bags",
     "BagwiseContrastiveLoss": "bagformer.losses",
