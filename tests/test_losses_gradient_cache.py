@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -105,7 +107,7 @@ def test_autocast_is_the_same_in_both_passes():
 
 
 def test_further_features_reach_the_loss_and_their_encoder():
-    encoders, loss, texts, images = problem()
+    encoders, _, texts, images = problem()
 
     def encode_text(chunk):
         features = encoders[0](chunk[0])
@@ -134,36 +136,56 @@ def test_further_features_reach_the_loss_and_their_encoder():
         torch.testing.assert_close(weight.grad, truth)
 
 
-class Live(TorchDispatchMode):
-    """Peak of the bytes of tensors that are alive at once, by their storages."""
+def peak_bytes(work):
+    """Most bytes of tensors made in ``work`` that were alive at once, by their storages."""
+    now = peak = 0
+    seen = set()
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen: set[int] = set()
+    def forget(key, size):
+        nonlocal now
+        seen.discard(key)
+        now -= size
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for value in tree_leaves(result):
-            if isinstance(value, torch.Tensor):
-                self._follow(value.untyped_storage())
-        return result
+    class Follow(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal now, peak
+            result = function(*args, **(kwargs or {}))
+            for value in tree_leaves(result):
+                if not isinstance(value, torch.Tensor):
+                    continue
+                storage = value.untyped_storage()
+                if storage._cdata not in seen:
+                    seen.add(storage._cdata)
+                    weakref.finalize(storage, forget, storage._cdata, storage.nbytes())
+                    now += storage.nbytes()
+                    peak = max(peak, now)
+            return result
 
-    def _follow(self, storage) -> None:
-        import weakref
+    with Follow():
+        work()
+    return peak
 
-        key = storage._cdata
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, size)
 
-    def _forget(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
+def test_activations_of_one_chunk_at_a_time():
+    encoders = Encoder(width=2048), Encoder(width=2048)
+    loss = BagwiseContrastiveLoss()
+    torch.manual_seed(0)
+
+    def chunks(count):
+        return [torch.randn(4, 5, 6) for _ in range(count)]
+
+    def peak(count):
+        texts, images = chunks(count), chunks(count)
+        return peak_bytes(
+            lambda: cached_step(lambda x: (encoders[0](x), None), encoders[1], texts, images, loss)
+        )
+
+    one_activation = 4 * 5 * 2048 * 4
+    peak(1)  # the parameters' gradients are there from now on
+    few, many = peak(2), peak(8)
+    assert few > 2 * one_activation
+    # 12 more chunks: their features, no activations
+    assert many - few < one_activation
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,9 @@ def together(case: Case) -> dict[str, Any]:
     return joined
 
 
-def step(case: Case, batch: dict[str, Any], gather: str = "none", group: Any = None) -> dict[str, Tensor]:
+def step(
+    case: Case, batch: dict[str, Any], gather: str = "none", group: Any = None
+) -> dict[str, Tensor]:
     """Loss and gradients, the features' not contiguous on their way."""
     loss = BagwiseContrastiveLoss(**case.options, gather=gather, process_group=group).double()
     leaves = {name: batch[name].clone().requires_grad_() for name in ("text", "image")}
