@@ -83,6 +83,14 @@ def test_without_gathering_the_model_gets_the_mean_of_the_processes(worlds, numb
 
 
 @pytest.mark.parametrize("gather", ["local", "ring"])
+def test_the_gradient_cache_in_two_processes(worlds, gather):
+    truth = model_step(TWO[0], together(TWO[0]))
+    for found in worlds[:2]:
+        for name, value in truth.items():
+            close(found["cached"][gather][name], value)
+
+
+@pytest.mark.parametrize("gather", ["local", "ring"])
 def test_bad_arguments_of_one_process_stop_all(worlds, gather):
     first, second = (found["refusals"][gather].split("\n") for found in worlds[:2])
     assert first[:2] == ["RuntimeError: process 1 refused its arguments to the loss"] * 2

@@ -74,7 +74,7 @@ class GatherRows(torch.autograd.Function):
         return cut_rows(gather_equal(padded, len(counts), group), counts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         counts, most = ctx.counts, max(ctx.counts)
         wide = grad.to(accumulation_dtype(grad.dtype))
         if min(counts) < most:
@@ -95,7 +95,7 @@ class MeanGradient(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return sum_over(grad, ctx.group) / ctx.world, None, None
 
 

@@ -157,7 +157,7 @@ class _ValueWithGradientOf(torch.autograd.Function):
         return value.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return grad * ctx.factor, None, None
 
 
@@ -175,7 +175,7 @@ class _Ring(torch.autograd.Function):
         return totals.value()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         text, image, temperature, bias = ctx.saved_tensors
         masks, totals = ctx.plan
         layout, wants = totals.layout, ctx.needs_input_grad[:4]
@@ -183,11 +183,13 @@ class _Ring(torch.autograd.Function):
         for process, rows, block, mask in _rounds(text, masks[0], layout):
             with torch.enable_grad():
                 sides = (block, image, temperature, bias)
-                leaves = [
+                leaves: list[Any] = [
                     None if x is None else x.detach().requires_grad_(want)
                     for x, want in zip(sides, wants, strict=True)
                 ]
-                logits = block_logits(totals.rule, *leaves[:2], (mask, masks[1]), *leaves[2:])  # type: ignore[arg-type]
+                here, there, divisor, shift = leaves
+                both = mask, masks[1]
+                logits = block_logits(totals.rule, here, there, both, divisor, shift)
                 positives = totals.targets.block(process)
                 surrogate = totals.surrogate(logits, rows, positives)
             asked = [place for place, want in enumerate(wants) if want]
@@ -289,11 +291,11 @@ def gathered_loss(
     totals = Totals(rule, Targets(sides, layout), layout, wide)
     if isinstance(temperature, (int, float)):
         temperature = torch.tensor(temperature, dtype=wide, device=sides.text.device)
-    shared = [
-        MeanGradient.apply(x, layout.world, group) if x is not None and x.requires_grad else x
-        for x in (temperature, bias)
-    ]
+    if temperature is not None and temperature.requires_grad:
+        temperature = MeanGradient.apply(temperature, layout.world, group)
+    if bias is not None and bias.requires_grad:
+        bias = MeanGradient.apply(bias, layout.world, group)
     if gather == "local":
-        return _local(sides, *shared, totals)
+        return _local(sides, temperature, bias, totals)
     masks = sides.text_mask, sides.image_mask
-    return _Ring.apply(sides.text, sides.image, *shared, (masks, totals))
+    return _Ring.apply(sides.text, sides.image, temperature, bias, (masks, totals))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bagformer import BagwiseContrastiveLoss
+from bagformer.training.gradient_cache import average_gradients, cached_step
 
 SIZE = 6
 
@@ -113,6 +114,23 @@ def model_step(
     return {"loss": value.detach()} | {n.removeprefix("module."): p.grad for n, p in named}
 
 
+def cached_step_of_model(
+    case: Case, batch: dict[str, Any], gather: str, group: Any
+) -> dict[str, Tensor]:
+    """As :func:`model_step`, in chunks, the gradients averaged afterwards."""
+    model = Towers(case.options, gather, group).double()
+    texts = list(zip(batch["text"].split(1), batch["text_mask"].split(1), strict=True))
+    value = cached_step(
+        lambda chunk: (model.text(chunk[0]), chunk[1]),
+        model.image,
+        texts,
+        batch["image"].split(2),
+        lambda text, image, mask: model.loss(text, image, mask, batch["image_mask"]),
+    )
+    average_gradients(model.parameters(), group)
+    return {"loss": value} | {name: p.grad for name, p in model.named_parameters()}
+
+
 def refusal(rank: int, gather: str, group: Any) -> str:
     """What the loss says on ``rank`` where process 1 alone brings bad arguments."""
     text, image = torch.ones(2, 3, 4), torch.ones(2, 5, 4)
@@ -154,12 +172,16 @@ def _work(rank: int, folder: str, two: list[Case], three: list[Case]) -> None:
         init_method=f"file://{folder}/meet",
         rank=rank,
         world_size=3,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=240),
     )
     pair = dist.new_group([0, 1])
     found = {"three": _cases(rank, dist.group.WORLD, three, ("ring",))}
     if rank < 2:
         found["two"] = _cases(rank, pair, two, ("none", "local", "ring"))
+        found["cached"] = {
+            gather: cached_step_of_model(two[0], batches(two[0])[rank], gather, pair)
+            for gather in ("local", "ring")
+        }
         found["refusals"] = {gather: refusal(rank, gather, pair) for gather in ("local", "ring")}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
