@@ -90,6 +90,13 @@ def test_the_gradient_cache_in_two_processes(worlds, gather):
             close(found["cached"][gather][name], value)
 
 
+def test_a_ring_holds_no_more_than_one_block(worlds):
+    winners = 8 * 8 * 16  # of the bags of one process's texts
+    for found in worlds:
+        assert found["largest"]["local"] >= 3 * winners
+        assert found["largest"]["ring"] <= winners
+
+
 @pytest.mark.parametrize("gather", ["local", "ring"])
 def test_bad_arguments_of_one_process_stop_all(worlds, gather):
     first, second = (found["refusals"][gather].split("\n") for found in worlds[:2])

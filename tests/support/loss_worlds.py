@@ -12,6 +12,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from bagformer import BagwiseContrastiveLoss
 from bagformer.training.gradient_cache import average_gradients, cached_step
@@ -131,6 +133,27 @@ def cached_step_of_model(
     return {"loss": value} | {name: p.grad for name, p in model.named_parameters()}
 
 
+class _Largest(TorchDispatchMode):
+    """Elements of the largest tensor that was made."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
+        result = function(*args, **(kwargs or {}))
+        made = [value.numel() for value in tree_leaves(result) if isinstance(value, Tensor)]
+        self.found = max([self.found, *made])
+        return result
+
+
+def largest(rank: int, gather: str) -> int:
+    """Elements of the largest tensor in a step of 8 texts of 16 bags in each of three processes."""
+    case = Case((8, 8, 8), (8, 8, 8), (16, 16, 16), {}, masked=False)
+    batch = batches(case)[rank]
+    with _Largest() as seen:
+        step(case, batch, gather)
+    return seen.found
+
+
 def refusal(rank: int, gather: str, group: Any) -> str:
     """What the loss says on ``rank`` where process 1 alone brings bad arguments."""
     text, image = torch.ones(2, 3, 4), torch.ones(2, 5, 4)
@@ -176,6 +199,7 @@ def _work(rank: int, folder: str, two: list[Case], three: list[Case]) -> None:
     )
     pair = dist.new_group([0, 1])
     found = {"three": _cases(rank, dist.group.WORLD, three, ("ring",))}
+    found["largest"] = {gather: largest(rank, gather) for gather in ("local", "ring")}
     if rank < 2:
         found["two"] = _cases(rank, pair, two, ("none", "local", "ring"))
         found["cached"] = {
