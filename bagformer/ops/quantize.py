@@ -78,7 +78,9 @@ class QuantizedFeatures:
 
     def to(self, device: torch.device | str, *, non_blocking: bool = False) -> QuantizedFeatures:
         """The same features on ``device``."""
-        values, scales = (x.to(device, non_blocking=non_blocking) for x in (self.values, self.scales))
+        values, scales = (
+            x.to(device, non_blocking=non_blocking) for x in (self.values, self.scales)
+        )
         return QuantizedFeatures(values, scales)
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
