@@ -40,8 +40,8 @@ def maxsim_quantized(
 ) -> MaxSimScores:
     """:func:`maxsim` on images that ``quantize_features`` stored.
 
-    The scores are those of ``maxsim(text, image.dequantize())``, without the dequantized copy: what
-    is stored is multiplied as it is, exactly, and each patch's scale is applied to its similarities.
+    The scores are those of ``maxsim(text, image.dequantize())`` without the dequantized copy. What
+    is stored is multiplied as it is, exactly; a patch's scale is applied to its similarities.
     The only error beside that of ``maxsim`` is the one of storing.
 
     Args:

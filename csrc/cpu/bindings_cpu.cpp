@@ -116,38 +116,37 @@ struct Pairs {
 };
 
 void bind_maxsim_forward(py::module_& module) {
-    module.def("maxsim_forward",
-               [](py::object text, py::object image, py::object image_scales, py::object text_mask,
-                  py::object image_mask, py::object t2i, py::object i2t, py::object text_argmax, py::object image_argmax,
-                  bool zero_mode, bool mean, int n_threads) {
-                   MaxSimForward call;
-                   call.text = parse("text", text);
-                   call.image = parse("image", image);
-                   call.image_scales = parse("image_scales", image_scales);
-                   call.text_mask = parse("text_mask", text_mask);
-                   call.image_mask = parse("image_mask", image_mask);
-                   call.t2i = parse("text_to_image", t2i);
-                   call.i2t = parse("image_to_text", i2t);
-                   call.text_argmax = parse("text_argmax", text_argmax);
-                   call.image_argmax = parse("image_argmax", image_argmax);
-                   call.zero_mode = zero_mode;
-                   call.mean = mean;
-                   call.n_threads = n_threads;
-                   const Pairs pairs(call.text, call.image, call.text_mask, call.image_mask);
-                   const bool narrow = call.image.dtype != call.text.dtype;
-                   if (narrow != static_cast<bool>(call.image_scales))
-                       refuse("image_scales come with eight-bit images alone");
-                   need("image_scales", call.image_scales, DType::f32,
-                        {call.image.shape.begin(),
-                         call.image.shape.begin() + (call.image.rank - 1)});
-                   const DType scores = wide(call.text.dtype);
-                   need("text_to_image", call.t2i, scores, pairs.scores, true);
-                   need("image_to_text", call.i2t, scores, pairs.turned, true);
-                   need_integer("text_argmax", call.text_argmax, pairs.text_winners);
-                   need_integer("image_argmax", call.image_argmax, pairs.image_winners);
-                   py::gil_scoped_release unlocked;
-                   maxsim_forward(call);
-               });
+    module.def("maxsim_forward", [](py::object text, py::object image, py::object image_scales,
+                                    py::object text_mask, py::object image_mask, py::object t2i,
+                                    py::object i2t, py::object text_argmax, py::object image_argmax,
+                                    bool zero_mode, bool mean, int n_threads) {
+        MaxSimForward call;
+        call.text = parse("text", text);
+        call.image = parse("image", image);
+        call.image_scales = parse("image_scales", image_scales);
+        call.text_mask = parse("text_mask", text_mask);
+        call.image_mask = parse("image_mask", image_mask);
+        call.t2i = parse("text_to_image", t2i);
+        call.i2t = parse("image_to_text", i2t);
+        call.text_argmax = parse("text_argmax", text_argmax);
+        call.image_argmax = parse("image_argmax", image_argmax);
+        call.zero_mode = zero_mode;
+        call.mean = mean;
+        call.n_threads = n_threads;
+        const Pairs pairs(call.text, call.image, call.text_mask, call.image_mask);
+        const bool narrow = call.image.dtype != call.text.dtype;
+        if (narrow != static_cast<bool>(call.image_scales))
+            refuse("image_scales come with eight-bit images alone");
+        need("image_scales", call.image_scales, DType::f32,
+             {call.image.shape.begin(), call.image.shape.begin() + (call.image.rank - 1)});
+        const DType scores = wide(call.text.dtype);
+        need("text_to_image", call.t2i, scores, pairs.scores, true);
+        need("image_to_text", call.i2t, scores, pairs.turned, true);
+        need_integer("text_argmax", call.text_argmax, pairs.text_winners);
+        need_integer("image_argmax", call.image_argmax, pairs.image_winners);
+        py::gil_scoped_release unlocked;
+        maxsim_forward(call);
+    });
 }
 
 void bind_maxsim_backward(py::module_& module) {

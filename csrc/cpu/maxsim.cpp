@@ -261,8 +261,8 @@ class Forward {
 // both are exact in it, and the scale comes afterwards.
 template <class ImageIn>
 void forward_quantized(const MaxSimForward& call, const CpuKernels& kernels,
-                       PackPanel MaxSimKernels<float>::*quick,
-                       PackPanel MaxSimKernels<float, BFloat16Pair>::*quick_pairs) {
+                       PackPanel MaxSimKernels<float>::* quick,
+                       PackPanel MaxSimKernels<float, BFloat16Pair>::* quick_pairs) {
     const MaxSimKernels<float>& f32 = kernels.f32;
     switch (call.text.dtype) {
         case DType::f64:
@@ -272,8 +272,8 @@ void forward_quantized(const MaxSimForward& call, const CpuKernels& kernels,
             return Forward<Half, float, float, ImageIn>(call, f32, f32.*quick).run();
         case DType::bf16:
             if (kernels.pairs != nullptr)
-                return Forward<BFloat16, BFloat16Pair, float, ImageIn>(
-                           call, *kernels.pairs, kernels.pairs->*quick_pairs)
+                return Forward<BFloat16, BFloat16Pair, float, ImageIn>(call, *kernels.pairs,
+                                                                       kernels.pairs->*quick_pairs)
                     .run();
             return Forward<BFloat16, float, float, ImageIn>(call, f32, f32.*quick).run();
         default:

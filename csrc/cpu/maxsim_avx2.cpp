@@ -82,12 +82,11 @@ struct F32x8 {
         const __m256i bits =
             _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
         const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7f));
-        const __m256i sign =
-            _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x80)), 24);
+        const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x80)), 24);
         const V value = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(magnitude, 20)),
                                       _mm256_set1_ps(0x1p120f));
-        const __m256i nan = _mm256_and_si256(
-            _mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f)), _mm256_set1_epi32(0x7fc00000));
+        const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f)),
+                                             _mm256_set1_epi32(0x7fc00000));
         return _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_or_si256(sign, nan)));
     }
     template <class In>

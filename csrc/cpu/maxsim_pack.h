@@ -68,8 +68,8 @@ struct Packed<BFloat16Pair> {
     template <class In>
     static BFloat16Pair at(const In* row, int64_t stride, int64_t d, int64_t features) {
         const In zero{};
-        return widen(NarrowPair<In>{
-            row[2 * d * stride], 2 * d + 1 < features ? row[(2 * d + 1) * stride] : zero});
+        return widen(NarrowPair<In>{row[2 * d * stride],
+                                    2 * d + 1 < features ? row[(2 * d + 1) * stride] : zero});
     }
 };
 

@@ -52,14 +52,13 @@ struct F32x16 {
         const __m512i bits =
             _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
         const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7f));
-        const __m512i sign =
-            _mm512_slli_epi32(_mm512_and_si512(bits, _mm512_set1_epi32(0x80)), 24);
+        const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(bits, _mm512_set1_epi32(0x80)), 24);
         const V value = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(magnitude, 20)),
                                       _mm512_set1_ps(0x1p120f));
         const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f));
         const __m512i number = _mm512_or_si512(_mm512_castps_si512(value), sign);
-        return _mm512_castsi512_ps(_mm512_mask_or_epi32(number, nan, number,
-                                                        _mm512_set1_epi32(0x7fc00000)));
+        return _mm512_castsi512_ps(
+            _mm512_mask_or_epi32(number, nan, number, _mm512_set1_epi32(0x7fc00000)));
     }
     template <class In>
     static E element(In x) {

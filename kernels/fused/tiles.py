@@ -184,8 +184,8 @@ def quantized_tile(
 ) -> Tile:
     """Tile for images of eight-bit numbers; ``dtype`` is the text's."""
     tile = forward_tile(device, dtype, width, slot, n_texts, "ieee")
-    if dtype != torch.float32 and family_of(device) == "sm_80":
-        # each warp widens the rows that it multiplies: four do so twice, and spill
+    if dtype != torch.float32 and family_of(device) == "sm_80" and tile.head >= 128:
+        # every warp widens the rows that it multiplies; with four of them, wide rows spill
         return tile._replace(warps=8)
     return tile
 
