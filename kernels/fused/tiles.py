@@ -185,8 +185,9 @@ def quantized_tile(
     """Tile for images of eight-bit numbers; ``dtype`` is the text's."""
     tile = forward_tile(device, dtype, width, slot, n_texts, "ieee")
     if dtype != torch.float32 and family_of(device) == "sm_80" and tile.head >= 128:
-        # every warp widens the rows that it multiplies; with four of them, wide rows spill
-        return tile._replace(warps=8)
+        # every warp widens the rows that it multiplies; with four of them, wide rows spill, and
+        # with two stages so does fp8 under a mask
+        return tile._replace(warps=8, stages=3)
     return tile
 
 
