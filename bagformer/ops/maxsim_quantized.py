@@ -50,7 +50,8 @@ def maxsim_quantized(
         image: features ``[Ni, P, D]`` for all pairs, ``[Nt, K, P, D]`` for K candidates of each
             text, on the device of ``text``.
         text_mask, image_mask, mask_mode, directions, reduction, return_argmax, backend: as in
-            :func:`maxsim`. On a GPU, ``return_argmax`` makes a dequantized copy of the images.
+            :func:`maxsim`. On a GPU, ``return_argmax`` and texts of more than 128 bags make a
+            dequantized copy of the images in float32.
 
     Returns:
         As :func:`maxsim`. Not differentiable.
