@@ -18,6 +18,8 @@ from torch import Tensor
 MASK_MODES = ("exclude", "zero")
 DIRECTIONS = ("both", "text_to_image", "image_to_text")
 REDUCTIONS = ("sum", "mean")
+# what is stored, and the largest magnitude that it is used for
+QUANTIZED_DTYPES = {"int8": (torch.int8, 127.0), "fp8_e4m3": (torch.float8_e4m3fn, 448.0)}
 MATCHERS = ("leftmost_longest", "original", "backward_max")
 
 
@@ -176,6 +178,48 @@ def maxsim(
         text_argmax if return_argmax and wants_text else None,
         image_argmax if return_argmax and wants_image else None,
     )
+
+
+def quantize_features(image: Tensor, dtype: str = "int8") -> tuple[Tensor, Tensor]:
+    """Eight-bit values and one scale for each patch: ``image`` is about ``values * scales``.
+
+    ``image [..., P, D]`` gives ``values [..., P, D]``, int8 or float8_e4m3fn, and float32
+    ``scales [..., P]``. A scale is the patch's largest magnitude over the largest that is stored,
+    127 or 448; values are rounded to the nearest, ties to even, and never -128.
+
+    - A patch of zeros, or one so small that its scale is 0 in float32, has scale 0 and values 0.
+    - A patch with a NaN or Inf, or whose scale is no finite float32, has scale NaN and values 0:
+      its similarities are NaN.
+    """
+    stored, largest = QUANTIZED_DTYPES[dtype]
+    wide = image.detach().to(accumulation_dtype(image.dtype))
+    # amax of an empty axis has no value
+    peak = wide.abs().amax(dim=-1) if image.shape[-1] else wide.new_zeros(image.shape[:-1])
+    scales = (peak / largest).to(torch.float32)
+    scales = scales.masked_fill(~scales.isfinite(), float("nan"))
+    usable = scales > 0
+    divisor = torch.where(usable, scales, 1).to(wide.dtype)
+    # a scale rounded down, or a subnormal one, leaves quotients beyond the largest
+    values = (wide / divisor[..., None]).clamp(-largest, largest)
+    values = values.masked_fill(~usable[..., None], 0.0)
+    return (values.round() if dtype == "int8" else values).to(stored), scales
+
+
+def dequantize_features(values: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values * scales [..., None]``, multiplied in at least float32."""
+    wide = accumulation_dtype(dtype)
+    return (values.to(wide) * scales.to(wide)[..., None]).to(dtype)
+
+
+def maxsim_quantized(text: Tensor, values: Tensor, scales: Tensor, **options) -> MaxSimScores:
+    """Exactly :func:`maxsim` of the text and the dequantized image, both in the dtype of scores.
+
+    ``values [Ni, P, D]`` or ``[Nt, K, P, D]`` with ``scales`` of the same shape without ``D``, as
+    :func:`quantize_features` makes them. What was lost is lost in the stored values alone; a kernel
+    may apply a scale after the sum over ``D``. It is not differentiable.
+    """
+    wide = accumulation_dtype(text.dtype)
+    return maxsim(text.detach().to(wide), dequantize_features(values, scales, wide), **options)
 
 
 def maxsim_pairs(text: Tensor, image: Tensor, *, image_mask: Tensor | None = None, **options):

@@ -27,7 +27,15 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bagformer.kernels import bag_pool, gradients, normalize, scoring, tiles, topk
+from bagformer.kernels import (
+    bag_pool,
+    gradients,
+    maxsim_quantized,
+    normalize,
+    scoring,
+    tiles,
+    topk,
+)
 from machine_code import Code, disassemble
 
 
@@ -178,6 +186,8 @@ def _predict(code: Code, launch: Launch, target: Target, shape: dict[str, int]) 
     """Milliseconds of the launch; None for a kernel that the model does not cover."""
     if "BLOCK_P" not in launch.constants or not code.loops:
         return None
+    if launch.name == "maxsim_quantized_kernel":
+        return None  # the model knows no rates of the instructions that widen numbers
     work = _work(launch, shape)
     clocks = _clocks(code, launch, target, shape, work)
     lists = shape["texts"] if launch.constants["CANDIDATES"] else 1
@@ -205,6 +215,16 @@ def _forward(shape: dict[str, int], dtype: torch.dtype, argmax: bool, form: str 
         _empty(*lead, shape["patches"], shape["width"], dtype=dtype),
         _empty(shape["texts"], shape["bags"], dtype=torch.bool) if form == "sorted" else None,
         want_argmax=argmax,
+    )
+
+
+def _quantized(shape: dict[str, int], dtype: torch.dtype, masked: bool = False) -> None:
+    texts, bags, images, patches = (shape[x] for x in ("texts", "bags", "images", "patches"))
+    maxsim_quantized.maxsim_quantized_forward(
+        _empty(texts, bags, shape["width"], dtype=torch.bfloat16),
+        _empty(images, patches, shape["width"], dtype=dtype),
+        _empty(images, patches),
+        image_mask=_empty(images, patches, dtype=torch.bool) if masked else None,
     )
 
 
@@ -263,6 +283,11 @@ def cases(full: bool) -> list[tuple[str, dict[str, int], Callable[[dict[str, int
         ("k=10", {**shape, "texts": 64}, lambda s: _topk(s, bf16)),
         ("bf16 D=256, sorted", shape, lambda s: _forward(s, bf16, False, "sorted")),
     ]
+    for name, stored in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
+        listed += [
+            (f"{name} D=256", shape, lambda s, stored=stored: _quantized(s, stored)),
+            (f"{name} D=256, masked", shape, lambda s, stored=stored: _quantized(s, stored, True)),
+        ]
     if full:
         one = {**shape, "texts": 1, "images": 1000}
         fp16 = torch.float16

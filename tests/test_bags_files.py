@@ -141,16 +141,17 @@ def test_files_of_another_kind(path, image):
 @pytest.mark.parametrize(
     ("words", "text"),
     [
-        ({"version": 2}, "bag file version 2, this build reads version 1"),
+        ({"version": 1}, "bag file version 1, this build reads version 2"),
         ({"byte_order": 0x04030201}, "wrong byte order mark"),
         ({"matcher": 3}, "unknown matcher"),
-        ({"matcher": 1}, "wrong number of links"),
+        ({"matcher": 1}, "wrong number of blocks"),
         ({"header_bytes": 64}, "wrong header size"),
         ({"file_bytes": 2**63}, "size in the header"),
         ({"n_entities": 5}, "the number of entities is wrong"),
         ({"alphabet": 0}, "too few slots"),
         ({"alphabet": 2**32 - 1}, "too few slots"),
         ({"n_dense": 2**32 - 1}, "counts in the header do not fit"),
+        ({"n_links": 0}, "counts in the header do not fit|wrong number of links"),
         ({"n_slots": 2**32 - 1, "n_links": 2**32 - 1}, "counts in the header do not fit"),
         ({"n_items": 0}, "counts in the header do not fit|wrong number of items"),
     ],
@@ -168,6 +169,12 @@ def _slot(image, *ids):
         assert bag_files.entry(image, "slots", slot)[1] == state
         state = slot
     return state
+
+
+def _link(image, state):
+    """Links lie in the order of the slots that hold a state."""
+    checks = [bag_files.entry(image, "slots", slot)[1] for slot in range(1, state)]
+    return int(state > 0) + sum(check != 2**32 - 1 for check in checks)
 
 
 @pytest.mark.parametrize(
@@ -189,21 +196,34 @@ def _slot(image, *ids):
     ],
 )
 def test_states_that_lie(path, image, section, path_ids, words, text):
-    state = _slot(image, *path_ids)
-    refuse(path, bag_files.with_entry(image, section, state, **words), text)
+    index = _slot(image, *path_ids)
+    if section == "links":
+        index = _link(image, index)
+    refuse(path, bag_files.with_entry(image, section, index, **words), text)
 
 
 def test_links_in_a_circle(path, image):
     deep = _slot(image, 1, 2, 3)
-    refuse(path, bag_files.with_entry(image, "links", deep, w0=deep), "does not lead upwards")
+    link = _link(image, deep)
+    refuse(path, bag_files.with_entry(image, "links", link, w0=deep), "does not lead upwards")
     free = next(
         slot
         for slot in range(1, bag_files.header_of(image)["n_slots"])
         if bag_files.entry(image, "slots", slot)[1] == 2**32 - 1
     )
-    refuse(path, bag_files.with_entry(image, "links", deep, w0=free), "leads to a free slot")
-    refuse(path, bag_files.with_entry(image, "links", free, w2=1), "a free link is in use")
+    refuse(path, bag_files.with_entry(image, "links", link, w0=free), "leads to a free slot")
     refuse(path, bag_files.with_entry(image, "slots", deep, w1=free), "a parent is a free slot")
+
+
+def test_blocks_that_lie(path, image):
+    used, before = bag_files.entry(image, "blocks", 0)
+    assert before == 0 and used & 1
+    refuse(path, bag_files.with_entry(image, "blocks", 0, w0=used - 1), "a block and its slots")
+    refuse(path, bag_files.with_entry(image, "blocks", 0, w1=1), "a block's count is wrong")
+    last = bag_files.header_of(image)["n_blocks"] - 1
+    past = bag_files.entry(image, "blocks", last)[0] | 1 << 63
+    if bag_files.header_of(image)["n_slots"] % 64:
+        refuse(path, bag_files.with_entry(image, "blocks", last, w0=past), "a block and its slots")
 
 
 def test_items_and_tokens_that_lie(path, image):

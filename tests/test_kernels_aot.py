@@ -18,7 +18,12 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100")
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
-SCORING = ("maxsim_forward_kernel", "grad_text_kernel", "grad_image_kernel")
+SCORING = (
+    "maxsim_forward_kernel",
+    "maxsim_quantized_kernel",
+    "grad_text_kernel",
+    "grad_image_kernel",
+)
 
 
 @pytest.fixture(scope="module", params=TARGETS)
@@ -96,5 +101,5 @@ def test_what_the_operators_launch_compiles_and_fits(target, tmp_path):
         *SCORING, "nan_argmax_kernel", "bag_pool_forward_kernel", "bag_pool_backward_kernel",
         "l2_normalize_backward_kernel", "compact_kernel", "merge_kernel", "unpack_kernel",
     }  # fmt: skip
-    assert len({row["call"] for row in found}) == 6
+    assert len({row["call"] for row in found}) == 7
     assert [row for row in found if row["programs_per_sm"] < 1] == []

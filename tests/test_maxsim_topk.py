@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -111,6 +113,37 @@ WRONG = [
     ({"mask_mode": "none"}, ValueError, "mask_mode must be one of exclude, zero"),
     ({"image": features(2, 3, 6, 4)}, ValueError, r"image must have shape \[Ni, P, D\]"),
 ]
+
+
+PEAK = """
+import sys, torch, bagformer
+from pathlib import Path
+
+def high_water_mb():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+
+torch.set_num_threads(1)
+text, image = torch.randn(500, 1, 4), torch.randn(1, 2, 4)
+bagformer.maxsim_topk(text, image.expand(2000, -1, -1), 10)
+try:
+    Path("/proc/self/clear_refs").write_text("5")
+except OSError:
+    sys.exit(77)
+before = high_water_mb()
+bagformer.maxsim_topk(text, image.expand(80000, -1, -1), 10)
+print(high_water_mb() - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_memory_does_not_grow_with_the_collection():
+    """All scores would take 153 MB; a chunk of them takes 2 MB, and the allocator what it likes."""
+    found = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    if found.returncode == 77:
+        pytest.skip("the peak of the resident set cannot be reset here")
+    assert found.returncode == 0, found.stderr
+    assert float(found.stdout) < 50
 
 
 @pytest.mark.parametrize("wrong,error,message", WRONG)

@@ -38,6 +38,24 @@ def check_no_tangent(name: str, value: Tensor) -> None:
         )
 
 
+def check_no_transform(name: str, value: Tensor) -> None:
+    """PyTorch's own message for gradients by ``torch.func`` speaks of a class that no caller sees.
+
+    Compiled code meets that one: the look at the tensor is no part of a graph.
+    """
+    if torch.compiler.is_compiling():
+        return
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(value):
+        if functorch.is_gradtrackingtensor(value) and value.requires_grad:
+            raise RuntimeError(
+                f"{name} is differentiated by torch.func (grad, vjp, jacrev), which bagformer's "
+                "operators do not support: use backward() or torch.autograd.grad, or take "
+                "bagformer.reference"
+            )
+        value = functorch.get_unwrapped(value)
+
+
 def check_features(name: str, value: Any, layouts: Sequence[str]) -> None:
     """``layouts`` lists the accepted shapes as text, such as ``[Nt, N, D]``."""
     check_tensor(name, value)
@@ -46,6 +64,7 @@ def check_features(name: str, value: Any, layouts: Sequence[str]) -> None:
     if value.dtype not in FLOATS:
         raise TypeError(f"{name} must be float32, bfloat16, float16 or float64, got {value.dtype}")
     check_no_tangent(name, value)
+    check_no_transform(name, value)
     if value.dim() not in [layout.count(",") + 1 for layout in layouts]:
         raise ValueError(f"{name} must have shape {' or '.join(layouts)}, got {dims(value.shape)}")
 

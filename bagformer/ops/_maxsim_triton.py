@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from bagformer.ops._maxsim_torch import Options
@@ -77,7 +78,9 @@ def describe(text: Tensor, image: Tensor) -> str:
     together, slot = text.shape[0], tiles.slot_of(min(text.shape[1], scoring.LONGEST_SLOT))
     if image.dim() == 4:
         together, slot = 1, max(slot, tiles.SMALLEST_BLOCK)
-    tile = tiles.forward_tile(text.device, text.dtype, text.shape[2], slot, together, "ieee")
+    sizes = text.device, text.dtype, text.shape[2], slot, together
+    eight_bits = image.dtype in (torch.int8, torch.float8_e4m3fn)
+    tile = tiles.quantized_tile(*sizes) if eight_bits else tiles.forward_tile(*sizes, "ieee")
     features = f"in steps of {tile.step} features" if tile.step else "all features at once"
     return (
         f"tiles for {tiles.family_of(text.device)} of {tile.block_p} patches x {tile.block_n} bags "

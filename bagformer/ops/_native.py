@@ -31,6 +31,8 @@ _DTYPE_CODES = {
     torch.int16: 6,
     torch.int32: 7,
     torch.int64: 8,
+    torch.int8: 9,
+    torch.float8_e4m3fn: 10,
 }
 
 View = tuple[int, int, tuple[int, ...], tuple[int, ...]]

@@ -12,7 +12,14 @@ from bagformer.ops import _maxsim_triton, _native, _triton
 from bagformer.ops._checks import check_choice, check_tensor
 
 BACKENDS = ("cpu", "triton", "torch", "reference")
-OPERATORS = ("bag_pool", "l2_normalize", "maxsim", "maxsim_candidates", "maxsim_topk")
+OPERATORS = (
+    "bag_pool",
+    "l2_normalize",
+    "maxsim",
+    "maxsim_candidates",
+    "maxsim_quantized",
+    "maxsim_topk",
+)
 ENVIRONMENT = "BAGFORMER_BACKEND"
 
 
@@ -73,7 +80,7 @@ def explain_backend(op: str, *tensors: Tensor, backend: str = "auto") -> str:
 
     Args:
         op: one of ``bag_pool``, ``l2_normalize``, ``maxsim``, ``maxsim_candidates``,
-            ``maxsim_topk``.
+            ``maxsim_quantized``, ``maxsim_topk``.
         tensors: the operator's tensors; the first decides device and dtype. Given text and image,
             the line for ``triton`` also says which tiles the scoring kernel would use.
         backend: what would be passed as ``backend=``.

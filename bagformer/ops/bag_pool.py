@@ -17,6 +17,7 @@ from bagformer.ops._checks import (
     check_tensor,
 )
 from bagformer.ops._library import define, differentiate, dims
+from bagformer.ops._nested import pad_nested
 from bagformer.ops.backend import BACKENDS, choose_backend
 from bagformer.ops.l2_normalize import check_eps, unit, unit_backward
 
@@ -225,7 +226,9 @@ def bag_pool(
     """Sum the token rows of each bag; on demand, normalise and mask in the same pass.
 
     Args:
-        hidden_states: ``[B, T, D]`` float32, bfloat16, float16 or float64, any strides.
+        hidden_states: ``[B, T, D]`` float32, bfloat16, float16 or float64, any strides; or a
+            jagged ``torch.nested`` tensor ``[B, j, D]``, whose rows are zeros from their end to
+            the longest row's, T.
         bags: a ``bagformer.bags.Bags``, or its ``offsets [B, N + 1]`` int32 or int64: bag ``n`` of
             row ``b`` is tokens ``offsets[b, n]`` up to but not including ``offsets[b, n + 1]``.
         mask: bool ``[B, N]``; a bag where it is False becomes a zero vector without gradient,
@@ -249,6 +252,7 @@ def bag_pool(
                  [0.],
                  [4.]]])
     """
+    hidden_states, _ = pad_nested("hidden_states", hidden_states, "", None)
     check_features("hidden_states", hidden_states, ("[B, T, D]",))
     offsets = bags if isinstance(bags, Tensor) else getattr(bags, "offsets", bags)
     check_tensor("bags", offsets)

@@ -9,8 +9,15 @@ from torch import Tensor
 
 from bagformer import reference
 from bagformer.ops import _l2_normalize_triton, _native
-from bagformer.ops._checks import FLOATS, check_choice, check_no_tangent, check_tensor
+from bagformer.ops._checks import (
+    FLOATS,
+    check_choice,
+    check_no_tangent,
+    check_no_transform,
+    check_tensor,
+)
 from bagformer.ops._library import define, differentiate
+from bagformer.ops._nested import is_nested, map_rows
 from bagformer.ops.backend import BACKENDS, choose_backend
 
 
@@ -121,12 +128,14 @@ def l2_normalize(x: Tensor, eps: float = 1e-12, *, backend: str = "auto") -> Ten
     vector stays zero. Computed in float32 (float64 for float64), returned in the dtype of ``x``.
 
     Args:
-        x: ``[..., D]`` float32, bfloat16, float16 or float64, any strides.
+        x: ``[..., D]`` float32, bfloat16, float16 or float64, any strides; or a jagged
+            ``torch.nested`` tensor ``[B, j, D]``.
         eps: least norm, positive.
         backend: ``"auto"``, ``"cpu"``, ``"triton"``, ``"torch"`` or ``"reference"``.
 
     Returns:
-        A contiguous tensor of the shape and dtype of ``x``. Differentiable once.
+        A contiguous tensor of the shape and dtype of ``x``, jagged where ``x`` is. Differentiable
+        once.
 
     Raises:
         TypeError: ``x`` is no float tensor or ``eps`` no number.
@@ -138,11 +147,14 @@ def l2_normalize(x: Tensor, eps: float = 1e-12, *, backend: str = "auto") -> Ten
                 [0.0000, 0.0000]])
     """
     check_tensor("x", x)
+    if is_nested(x):
+        return map_rows("x", x, lambda rows: l2_normalize(rows, eps, backend=backend))
     if x.layout != torch.strided:
         raise TypeError(f"x must be a dense tensor, got layout {x.layout}")
     if x.dtype not in FLOATS:
         raise TypeError(f"x must be float32, bfloat16, float16 or float64, got {x.dtype}")
     check_no_tangent("x", x)
+    check_no_transform("x", x)
     if x.dim() == 0:
         raise ValueError("x must have shape [..., D], got a tensor without axes")
     check_eps(eps)

@@ -11,6 +11,7 @@ namespace bagformer::bags {
 
 class Alphabet {
   public:
+    Alphabet() = default;
     Alphabet(std::span<const uint32_t> tokens, std::span<const uint32_t> masked);
 
     uint32_t size() const { return size_; }
@@ -19,7 +20,7 @@ class Alphabet {
     const std::vector<Rare>& rare() const { return rare_; }
 
   private:
-    uint32_t size_;
+    uint32_t size_ = 1;
     std::vector<uint32_t> dense_;
     std::vector<Rare> rare_;
 };

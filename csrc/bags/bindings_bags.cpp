@@ -92,22 +92,15 @@ class Automaton {
     View view_;
 };
 
-struct OwnedImage {
-    Image words;
-    size_t bytes;
-};
-
 using Int64Array = py::array_t<int64_t, py::array::c_style>;
 
 std::span<const int64_t> span_of(const Int64Array& array) {
     return {array.data(), size_t(array.size())};
 }
 
-OwnedImage finish(Builder& builder) {
+Image finish(Builder& builder) {
     const py::gil_scoped_release unlocked;
-    Image words = builder.finish();
-    const size_t bytes = reinterpret_cast<const Header*>(words.data())->file_bytes;
-    return {std::move(words), bytes};
+    return builder.finish();
 }
 
 }  // namespace
@@ -115,11 +108,9 @@ OwnedImage finish(Builder& builder) {
 
 void bind_bags(py::module_& module) {
     using namespace bags;
-    py::class_<OwnedImage>(module, "BagImage", py::buffer_protocol())
-        .def_buffer([](OwnedImage& image) {
-            return py::buffer_info(reinterpret_cast<uint8_t*>(image.words.data()),
-                                   py::ssize_t(image.bytes));
-        });
+    py::class_<Image>(module, "BagImage", py::buffer_protocol()).def_buffer([](Image& image) {
+        return py::buffer_info(reinterpret_cast<uint8_t*>(image.data()), py::ssize_t(image.size()));
+    });
     py::class_<Builder>(module, "BagBuilder")
         .def(py::init([](uint32_t matcher, std::vector<uint32_t> masked) {
             return std::make_unique<Builder>(Matcher(matcher), std::move(masked));

@@ -1,12 +1,11 @@
 #include "bags/builder.h"
 
 #include <algorithm>
+#include <new>
 #include <stdexcept>
 #include <string>
 
-#include "bags/alphabet.h"
 #include "bags/linker.h"
-#include "bags/trie.h"
 
 namespace bagformer::bags {
 namespace {
@@ -30,7 +29,7 @@ uint64_t head_of(std::span<const uint32_t> entity) {
 
 template <class Entry>
 std::span<Entry> section(Image& image, uint64_t offset, uint64_t count) {
-    return {reinterpret_cast<Entry*>(reinterpret_cast<std::byte*>(image.data()) + offset), count};
+    return {reinterpret_cast<Entry*>(image.data() + offset), count};
 }
 
 template <class Entry>
@@ -40,6 +39,19 @@ void write(Image& image, uint64_t offset, const std::vector<Entry>& entries) {
 }
 
 }  // namespace
+
+Image::Image(size_t bytes) : bytes_(static_cast<std::byte*>(std::calloc(bytes, 1))), size_(bytes) {
+    if (!bytes_) throw std::bad_alloc();
+}
+
+void Image::grow(size_t bytes) {
+    auto* const moved = static_cast<std::byte*>(std::realloc(bytes_.get(), bytes));
+    if (moved == nullptr) throw std::bad_alloc();
+    bytes_.release();
+    bytes_.reset(moved);
+    std::fill(moved + size_, moved + bytes, std::byte{0});
+    size_ = bytes;
+}
 
 Builder::Builder(Matcher matcher, std::vector<uint32_t> masked)
     : matcher_(matcher), masked_(std::move(masked)) {
@@ -105,26 +117,26 @@ std::vector<uint32_t> Builder::tokens_of(std::span<const uint32_t> order) const 
     return tokens;
 }
 
-Image Builder::finish() {
-    std::vector<uint32_t> order = sorted_distinct();
+// The trie of what was added, which is given up.
+Trie Builder::consume(Alphabet& alphabet) {
+    const std::vector<uint32_t> order = sorted_distinct();
     counts_.kept = order.size();
     // repeats must not weigh in the order of codes: equal sets of entities give equal bytes
-    const Alphabet alphabet(tokens_of(order), masked_);
+    alphabet = Alphabet(tokens_of(order), masked_);
     for (uint32_t& token : tokens_) token = alphabet.code(token);
-    const Trie trie(tokens_, starts_, order);
+    Trie trie(tokens_, starts_, order);
     counts_.unreachable = matcher_ == Matcher::original ? trie.unchained() : 0;
     std::vector<uint32_t>().swap(tokens_);
     std::vector<uint32_t>({0}).swap(starts_);
-    std::vector<uint32_t>().swap(order);
+    return trie;
+}
+
+Image Builder::finish() {
+    Alphabet alphabet;
+    const Trie trie = consume(alphabet);
     PackedTrie packed = pack(trie, alphabet.size());
 
     const bool linked = matcher_ == Matcher::leftmost_longest;
-    std::vector<Link> links;
-    std::vector<Item> items;
-    if (linked) {
-        links.resize(packed.slots.size());
-        items = link(trie, packed, links);
-    }
     Header header{};
     std::copy(std::begin(kMagic), std::end(kMagic), header.magic);
     header.version = kVersion;
@@ -135,19 +147,29 @@ Image Builder::finish() {
     header.alphabet = alphabet.size();
     header.n_dense = uint32_t(alphabet.dense().size());
     header.n_rare = uint32_t(alphabet.rare().size());
-    header.n_slots = uint32_t(packed.slots.size());
-    header.n_links = uint32_t(links.size());
-    header.n_items = uint32_t(items.size());
+    header.n_slots = packed.n_slots;
+    header.n_blocks = linked ? (packed.n_slots + 63) / 64 : 0;
+    header.n_links = linked ? trie.size() : 0;
     header.n_masked = uint32_t(masked_.size());
-    const Layout layout = layout_of(header);
-    header.file_bytes = layout.file_bytes;
-
-    Image image(layout.file_bytes / 8 + 1);
-    section<Header>(image, 0, 1)[0] = header;
+    Layout layout = layout_of(header);
+    Image image(layout.file_bytes);
     write(image, layout.dense, alphabet.dense());
     write(image, layout.rare, alphabet.rare());
-    write(image, layout.slots, packed.slots);
-    write(image, layout.links, links);
+    const auto slots = section<Slot>(image, layout.slots, header.n_slots);
+    unfold(trie, packed, slots);
+    std::vector<uint32_t>().swap(packed.bases);
+    std::vector<Item> items;
+    if (linked) {
+        items = link(trie, packed.slot_of_node,
+                     {slots, section<Block>(image, layout.blocks, header.n_blocks),
+                      section<Link>(image, layout.links, header.n_links)});
+    }
+    // only now is it known how many items there are
+    header.n_items = uint32_t(items.size());
+    layout = layout_of(header);
+    header.file_bytes = layout.file_bytes;
+    image.grow(layout.file_bytes);
+    section<Header>(image, 0, 1)[0] = header;
     write(image, layout.items, items);
     write(image, layout.masked, masked_);
     return image;

@@ -3,10 +3,14 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
+#include <memory>
 #include <span>
 #include <vector>
 
+#include "bags/alphabet.h"
 #include "bags/format.h"
+#include "bags/trie.h"
 
 namespace bagformer::bags {
 
@@ -17,8 +21,23 @@ struct BuildCounts {
     uint64_t longest = 0;
 };
 
-// Eight-byte words, so that the image is aligned for every array in it.
-using Image = std::vector<uint64_t>;
+// Bytes of a file, aligned for every array in it. Growing moves pages, where the system can, so
+// that a large image is never held twice.
+class Image {
+  public:
+    explicit Image(size_t bytes);  // zeros
+    void grow(size_t bytes);       // by zeros
+
+    std::byte* data() const { return bytes_.get(); }
+    size_t size() const { return size_; }
+
+  private:
+    struct Free {
+        void operator()(std::byte* bytes) const { std::free(bytes); }
+    };
+    std::unique_ptr<std::byte, Free> bytes_;
+    size_t size_;
+};
 
 class Builder {
   public:
@@ -38,6 +57,7 @@ class Builder {
         return {tokens_.data() + starts_[index], starts_[index + 1] - starts_[index]};
     }
     std::vector<uint32_t> sorted_distinct();
+    Trie consume(Alphabet& alphabet);
     std::vector<uint32_t> tokens_of(std::span<const uint32_t> order) const;
 
     Matcher matcher_;

@@ -43,7 +43,8 @@ Header read_header(std::span<const std::byte> bytes) {
     require(header.alphabet >= 1 && header.n_slots >= header.alphabet, "too few slots");
     require(header.n_slots <= kIndex, "too many slots");
     const bool linked = header.matcher == uint32_t(Matcher::leftmost_longest);
-    require(header.n_links == (linked ? header.n_slots : 0), "wrong number of links");
+    require(header.n_blocks == (linked ? (header.n_slots + 63) / 64 : 0), "wrong number of blocks");
+    require((header.n_links >= 1) == linked, "wrong number of links");
     require((header.n_items >= 1) == linked, "wrong number of items");
     return header;
 }
@@ -112,35 +113,49 @@ void check_items(std::span<const Item> items) {
     }
 }
 
+void check_blocks(const View& view) {
+    uint64_t before = 0;
+    for (uint32_t index = 0; index < view.blocks.size(); ++index) {
+        const Block& block = view.blocks[index];
+        uint64_t used = index == 0;
+        for (uint32_t bit = 0; bit < 64 && index * 64 + bit < view.slots.size(); ++bit) {
+            used |= uint64_t{view.slots[index * 64 + bit].check != kFree} << bit;
+        }
+        require(block.used == used, "a block and its slots differ");
+        require(block.before == before, "a block's count is wrong");
+        before += std::popcount(used);
+    }
+    require(before == view.links.size(), "wrong number of links");
+}
+
+void check_link(const View& view, uint32_t slot, const Link& link) {
+    const auto [word, parent] = view.slots[slot];
+    require(link.depth >= 1 && link.depth - 1 == view.link(parent).depth,
+            "a depth is not its parent's plus one");
+    require(link.fail < view.slots.size(), "a link leads outside the slots");
+    require(view.blocks[link.fail / 64].used >> link.fail % 64 & 1, "a link leads to a free slot");
+    const uint32_t kept = view.link(link.fail).depth;
+    require(kept < link.depth, "a link does not lead upwards");
+    require(link.item < view.items.size(), "a link's item does not exist");
+    const Item& item = view.items[link.item];
+    require(uint64_t(item.start) + item.length <= link.depth - kept,
+            "an item reaches into undecided tokens");
+    require(((word & kPlain) != 0) == (link.fail == 0 && link.item == 0), "a plain flag is wrong");
+    if (word & kTerminal) {
+        const uint32_t whole = link.depth >= 2 ? link.depth : 0;
+        require(link.fail == 0 && item.previous == 0 && item.start == 0 && item.length == whole,
+                "an entity's own link is wrong");
+    }
+}
+
 // Depth grows by one along an edge and falls along a link, so every path starts at the root, every
 // chain of links ends there, and `depth` tokens have been read whenever a state is reached.
 void check_links(const View& view) {
     const Link& root = view.links[0];
     require(root.fail == 0 && root.item == 0 && root.depth == 0, "the root's link is damaged");
+    uint64_t state = 0;  // links lie in order of the slots in use
     for (uint32_t slot = 1; slot < view.slots.size(); ++slot) {
-        const auto [word, parent] = view.slots[slot];
-        const Link& link = view.links[slot];
-        if (parent == kFree) {
-            require(link.fail == 0 && link.item == 0 && link.depth == 0, "a free link is in use");
-            continue;
-        }
-        require(link.depth >= 1 && link.depth - 1 == view.links[parent].depth,
-                "a depth is not its parent's plus one");
-        require(link.fail < view.slots.size(), "a link leads outside the slots");
-        require(link.fail == 0 || view.slots[link.fail].check != kFree,
-                "a link leads to a free slot");
-        require(view.links[link.fail].depth < link.depth, "a link does not lead upwards");
-        require(link.item < view.items.size(), "a link's item does not exist");
-        const Item& item = view.items[link.item];
-        require(uint64_t(item.start) + item.length <= link.depth - view.links[link.fail].depth,
-                "an item reaches into undecided tokens");
-        require(((word & kPlain) != 0) == (link.fail == 0 && link.item == 0),
-                "a plain flag is wrong");
-        if (word & kTerminal) {
-            const uint32_t whole = link.depth >= 2 ? link.depth : 0;
-            require(link.fail == 0 && item.previous == 0 && item.start == 0 && item.length == whole,
-                    "an entity's own link is wrong");
-        }
+        if (view.slots[slot].check != kFree) check_link(view, slot, view.links[++state]);
     }
 }
 
@@ -151,7 +166,8 @@ Layout layout_of(const Header& header) {
     layout.dense = aligned(sizeof(Header));
     layout.rare = aligned(layout.dense + uint64_t(header.n_dense) * sizeof(uint32_t));
     layout.slots = aligned(layout.rare + uint64_t(header.n_rare) * sizeof(Rare));
-    layout.links = aligned(layout.slots + uint64_t(header.n_slots) * sizeof(Slot));
+    layout.blocks = aligned(layout.slots + uint64_t(header.n_slots) * sizeof(Slot));
+    layout.links = aligned(layout.blocks + uint64_t(header.n_blocks) * sizeof(Block));
     layout.items = aligned(layout.links + uint64_t(header.n_links) * sizeof(Link));
     layout.masked = aligned(layout.items + uint64_t(header.n_items) * sizeof(Item));
     layout.trailer = layout.masked + uint64_t(header.n_masked) * sizeof(uint32_t);
@@ -169,19 +185,22 @@ View open(std::span<const std::byte> bytes) {
     view.dense = section<uint32_t>(bytes, layout.dense, header.n_dense);
     view.rare = section<Rare>(bytes, layout.rare, header.n_rare);
     view.slots = section<Slot>(bytes, layout.slots, header.n_slots);
+    view.blocks = section<Block>(bytes, layout.blocks, header.n_blocks);
     view.links = section<Link>(bytes, layout.links, header.n_links);
     view.items = section<Item>(bytes, layout.items, header.n_items);
     view.masked = section<uint32_t>(bytes, layout.masked, header.n_masked);
 
     check_padding(bytes, layout.dense + view.dense.size_bytes(), layout.rare);
     check_padding(bytes, layout.rare + view.rare.size_bytes(), layout.slots);
-    check_padding(bytes, layout.slots + view.slots.size_bytes(), layout.links);
+    check_padding(bytes, layout.slots + view.slots.size_bytes(), layout.blocks);
+    check_padding(bytes, layout.blocks + view.blocks.size_bytes(), layout.links);
     check_padding(bytes, layout.links + view.links.size_bytes(), layout.items);
     check_padding(bytes, layout.items + view.items.size_bytes(), layout.masked);
     check_alphabet(view);
     check_slots(view);
     if (view.matcher == Matcher::leftmost_longest) {
         check_items(view.items);
+        check_blocks(view);
         check_links(view);
     }
     return view;

@@ -2,6 +2,7 @@
 // are the same bytes. docs/bags.md has the table.
 #pragma once
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -11,7 +12,7 @@ namespace bagformer::bags {
 enum class Matcher : uint32_t { leftmost_longest = 0, original = 1, backward_max = 2 };
 
 constexpr char kMagic[8] = {'B', 'G', 'F', 'B', 'A', 'G', 'S', '\n'};
-constexpr uint32_t kVersion = 1;
+constexpr uint32_t kVersion = 2;
 constexpr uint32_t kByteOrder = 0x01020304;
 constexpr uint32_t kAlign = 64;
 constexpr uint32_t kTrailerBytes = 4;  // CRC-32 of every byte before it
@@ -28,10 +29,11 @@ struct Header {
     uint32_t n_dense;
     uint32_t n_rare;
     uint32_t n_slots;
+    uint32_t n_blocks;
     uint32_t n_links;
     uint32_t n_items;
     uint32_t n_masked;
-    uint32_t reserved[15];
+    uint32_t reserved[14];
 };
 static_assert(sizeof(Header) == 128);
 
@@ -57,6 +59,13 @@ struct Slot {
     uint32_t check;
 };
 
+// 64 slots: which of them hold a state, and how many states the blocks before hold. Most slots of a
+// large dictionary are free, so links are stored by state, not by slot.
+struct Block {
+    uint64_t used;
+    uint64_t before;
+};
+
 // What is known when no edge leads on from a state whose path is w: the bags of the first
 // depth - depth(fail) tokens of w are decided, the rest of w is the path of `fail`.
 struct Link {
@@ -74,9 +83,15 @@ struct Item {
 };
 
 struct Layout {
-    uint64_t dense, rare, slots, links, items, masked, trailer, file_bytes;
+    uint64_t dense, rare, slots, blocks, links, items, masked, trailer, file_bytes;
 };
 Layout layout_of(const Header& header);
+
+// How many states lie in slots before `slot`.
+inline uint64_t rank(std::span<const Block> blocks, uint32_t slot) {
+    const Block& block = blocks[slot / 64];
+    return block.before + std::popcount(block.used & ((uint64_t{1} << slot % 64) - 1));
+}
 
 struct View {
     Matcher matcher{};
@@ -85,6 +100,7 @@ struct View {
     std::span<const uint32_t> dense;
     std::span<const Rare> rare;
     std::span<const Slot> slots;
+    std::span<const Block> blocks;
     std::span<const Link> links;
     std::span<const Item> items;
     std::span<const uint32_t> masked;
@@ -93,6 +109,8 @@ struct View {
         const uint32_t slot = (slots[state].word & kIndex) + code;
         return slots[slot].check == state ? slot : 0;
     }
+
+    const Link& link(uint32_t state) const { return links[rank(blocks, state)]; }
 };
 
 // Read the header and prove, array by array, that no search over these bytes can leave them or fail

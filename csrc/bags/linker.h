@@ -8,7 +8,15 @@
 
 namespace bagformer::bags {
 
-// Fill one link for each slot, set kPlain in the slots, and return the items (item 0 is "none").
-std::vector<Item> link(const Trie& trie, PackedTrie& packed, std::span<Link> links);
+// The part of an image that is about states.
+struct States {
+    std::span<Slot> slots;
+    std::span<Block> blocks;
+    std::span<Link> links;
+};
+
+// Fill the blocks, one link for each state, and kPlain in the slots; return the items (item 0 is
+// "none").
+std::vector<Item> link(const Trie& trie, std::span<const uint32_t> slot_of_node, States states);
 
 }  // namespace bagformer::bags

@@ -4,7 +4,6 @@ namespace bagformer::bags {
 
 void match_leftmost_longest(const View& view, std::span<const uint32_t> codes, RowBits row) {
     const Slot* slots = view.slots.data();
-    const Link* links = view.links.data();
     const Item* items = view.items.data();
     uint32_t state = 0;
     uint64_t first = 0;  // all tokens before it are decided; the path to `state` starts here
@@ -17,11 +16,12 @@ void match_leftmost_longest(const View& view, std::span<const uint32_t> codes, R
             first = read;
             return;
         }
-        for (uint32_t k = links[state].item; k != 0; k = items[k].previous) {
+        const Link& link = view.link(state);
+        for (uint32_t k = link.item; k != 0; k = items[k].previous) {
             row.join(first + items[k].start, items[k].length);
         }
-        state = links[state].fail;
-        first = read - links[state].depth;
+        state = link.fail;
+        first = read - view.link(state).depth;
     };
     for (uint64_t t = 0; t < codes.size(); ++t) {
         for (;;) {

@@ -90,7 +90,7 @@ std::vector<uint32_t> widest_first(const Trie& trie) {
 PackedTrie pack(const Trie& trie, uint32_t alphabet) {
     PackedTrie packed;
     packed.slot_of_node.resize(trie.size());
-    std::vector<uint32_t> bases(trie.size());
+    packed.bases.resize(trie.size());
     Room room(alphabet);
     uint64_t largest_base = 0;
     std::vector<uint32_t> codes;
@@ -101,7 +101,7 @@ PackedTrie pack(const Trie& trie, uint32_t alphabet) {
             packed.slot_of_node[child] = uint32_t(base) + trie.label(child);
             room.use(base + trie.label(child));
         }
-        bases[node] = uint32_t(base);
+        packed.bases[node] = uint32_t(base);
         largest_base = std::max(largest_base, base);
     };
     settle(0, 0);
@@ -112,16 +112,20 @@ PackedTrie pack(const Trie& trie, uint32_t alphabet) {
         std::sort(codes.begin(), codes.end());
         settle(node, room.find(codes));
     }
-    packed.slots.resize(std::max(room.end(), largest_base + alphabet), Slot{0, kFree});
+    packed.n_slots = uint32_t(std::max(room.end(), largest_base + alphabet));
+    return packed;
+}
+
+void unfold(const Trie& trie, const PackedTrie& packed, std::span<Slot> slots) {
+    std::ranges::fill(slots, Slot{0, kFree});
     for (uint32_t node = 0; node < trie.size(); ++node) {
         const uint32_t slot = packed.slot_of_node[node];
-        packed.slots[slot].word = bases[node] | (trie.is_terminal(node) ? kTerminal : 0);
+        slots[slot].word = packed.bases[node] | (trie.is_terminal(node) ? kTerminal : 0);
         const uint32_t first = trie.first_child(node);
         for (uint32_t child = first; child < first + trie.n_children(node); ++child) {
-            packed.slots[packed.slot_of_node[child]].check = slot;
+            slots[packed.slot_of_node[child]].check = slot;
         }
     }
-    return packed;
 }
 
 }  // namespace bagformer::bags

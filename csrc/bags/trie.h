@@ -39,12 +39,17 @@ class Trie {
     uint64_t unchained_ = 0;
 };
 
+// Where a double array keeps the nodes of a trie and, by node, the base of its children.
 struct PackedTrie {
-    std::vector<Slot> slots;
     std::vector<uint32_t> slot_of_node;
+    std::vector<uint32_t> bases;
+    uint32_t n_slots = 0;
 };
 
 // `alphabet` codes; every base plus any code lies inside the slots.
 PackedTrie pack(const Trie& trie, uint32_t alphabet);
+
+// Write the double array into its `n_slots` slots.
+void unfold(const Trie& trie, const PackedTrie& packed, std::span<Slot> slots);
 
 }  // namespace bagformer::bags

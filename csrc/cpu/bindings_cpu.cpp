@@ -90,7 +90,10 @@ struct Pairs {
 
     Pairs(const View& text, const View& image, const View& text_mask, const View& image_mask) {
         need_float("text", text, 3);
-        need_float("image", image, image.rank == 4 ? 4 : 3);
+        const bool narrow = image.dtype == DType::i8 || image.dtype == DType::f8;
+        if (!narrow) need_float("image", image, image.rank == 4 ? 4 : 3);
+        if (!image || image.rank < 3) refuse("image has rank " + std::to_string(image.rank));
+        const DType held = narrow ? image.dtype : text.dtype;
         const bool candidates = image.rank == 4;
         const int64_t texts = text.shape[0], bags = text.shape[1];
         const int64_t images = image.shape[image.rank - 3], patches = image.shape[image.rank - 2];
@@ -98,9 +101,9 @@ struct Pairs {
         if (bags > kMaxTokens) refuse("text has more than 2^30 bags");
         if (patches > kMaxTokens) refuse("image has more than 2^30 patches");
         if (candidates)
-            need("image", image, text.dtype, {texts, images, patches, depth});
+            need("image", image, held, {texts, images, patches, depth});
         else
-            need("image", image, text.dtype, {images, patches, depth});
+            need("image", image, held, {images, patches, depth});
         need("text_mask", text_mask, DType::boolean, {texts, bags});
         need("image_mask", image_mask, DType::boolean,
              candidates ? std::vector<int64_t>{texts, images, patches}
@@ -113,31 +116,37 @@ struct Pairs {
 };
 
 void bind_maxsim_forward(py::module_& module) {
-    module.def("maxsim_forward",
-               [](py::object text, py::object image, py::object text_mask, py::object image_mask,
-                  py::object t2i, py::object i2t, py::object text_argmax, py::object image_argmax,
-                  bool zero_mode, bool mean, int n_threads) {
-                   MaxSimForward call;
-                   call.text = parse("text", text);
-                   call.image = parse("image", image);
-                   call.text_mask = parse("text_mask", text_mask);
-                   call.image_mask = parse("image_mask", image_mask);
-                   call.t2i = parse("text_to_image", t2i);
-                   call.i2t = parse("image_to_text", i2t);
-                   call.text_argmax = parse("text_argmax", text_argmax);
-                   call.image_argmax = parse("image_argmax", image_argmax);
-                   call.zero_mode = zero_mode;
-                   call.mean = mean;
-                   call.n_threads = n_threads;
-                   const Pairs pairs(call.text, call.image, call.text_mask, call.image_mask);
-                   const DType scores = wide(call.text.dtype);
-                   need("text_to_image", call.t2i, scores, pairs.scores, true);
-                   need("image_to_text", call.i2t, scores, pairs.turned, true);
-                   need_integer("text_argmax", call.text_argmax, pairs.text_winners);
-                   need_integer("image_argmax", call.image_argmax, pairs.image_winners);
-                   py::gil_scoped_release unlocked;
-                   maxsim_forward(call);
-               });
+    module.def("maxsim_forward", [](py::object text, py::object image, py::object image_scales,
+                                    py::object text_mask, py::object image_mask, py::object t2i,
+                                    py::object i2t, py::object text_argmax, py::object image_argmax,
+                                    bool zero_mode, bool mean, int n_threads) {
+        MaxSimForward call;
+        call.text = parse("text", text);
+        call.image = parse("image", image);
+        call.image_scales = parse("image_scales", image_scales);
+        call.text_mask = parse("text_mask", text_mask);
+        call.image_mask = parse("image_mask", image_mask);
+        call.t2i = parse("text_to_image", t2i);
+        call.i2t = parse("image_to_text", i2t);
+        call.text_argmax = parse("text_argmax", text_argmax);
+        call.image_argmax = parse("image_argmax", image_argmax);
+        call.zero_mode = zero_mode;
+        call.mean = mean;
+        call.n_threads = n_threads;
+        const Pairs pairs(call.text, call.image, call.text_mask, call.image_mask);
+        const bool narrow = call.image.dtype != call.text.dtype;
+        if (narrow != static_cast<bool>(call.image_scales))
+            refuse("image_scales come with eight-bit images alone");
+        need("image_scales", call.image_scales, DType::f32,
+             {call.image.shape.begin(), call.image.shape.begin() + (call.image.rank - 1)});
+        const DType scores = wide(call.text.dtype);
+        need("text_to_image", call.t2i, scores, pairs.scores, true);
+        need("image_to_text", call.i2t, scores, pairs.turned, true);
+        need_integer("text_argmax", call.text_argmax, pairs.text_winners);
+        need_integer("image_argmax", call.image_argmax, pairs.image_winners);
+        py::gil_scoped_release unlocked;
+        maxsim_forward(call);
+    });
 }
 
 void bind_maxsim_backward(py::module_& module) {
@@ -160,6 +169,7 @@ void bind_maxsim_backward(py::module_& module) {
             call.mean = mean;
             call.n_threads = n_threads;
             const Pairs pairs(call.text, call.image, call.text_mask, call.image_mask);
+            if (call.image.dtype != call.text.dtype) refuse("image has an unexpected dtype");
             const DType scores = wide(call.text.dtype);
             need("grad_text_to_image", call.grad_t2i, scores, pairs.scores);
             need("grad_image_to_text", call.grad_i2t, scores, pairs.turned);

@@ -34,14 +34,15 @@ template <class T, class E>
 struct Workspace {
     Places image;
     std::vector<E> panels;
+    std::vector<T> scales;  // of the packed patches, up to whole panels; empty: none
     std::vector<T> row_best, lane_best, bag_best;
     std::vector<int32_t> row_panel, lane_row, bag_patch;
     std::vector<char> has_nan;
     Texts<E> own;  // the candidate form packs its text here
 };
 
-// In: the features' type, E: what is packed, T: the scores' type.
-template <class In, class E, class T>
+// In: the texts' type, E: what is packed, T: the scores' type, ImageIn: the images' type.
+template <class In, class E, class T, class ImageIn = In>
 class Forward {
   public:
     Forward(const MaxSimForward& call, const MaxSimKernels<T, E>& kernels, PackPanel quick)
@@ -161,8 +162,15 @@ class Forward {
         work.image.find(mask_row(call_.image_mask, i, j), call_.image_mask.strides[view.rank - 2],
                         patches_);
         work.panels.resize(panels(work) * kernels_.lanes * depth_);
-        const Rows<In> rows{view.template at<const In>(i, j), view.strides[view.rank - 2],
-                            view.strides[view.rank - 1], features_};
+        const Rows<ImageIn> rows{view.template at<const ImageIn>(i, j), view.strides[view.rank - 2],
+                                 view.strides[view.rank - 1], features_};
+        const View& scales = call_.image_scales;
+        if (scales) {
+            work.scales.assign(panels(work) * kernels_.lanes, T(0));
+            const float* first = scales.at<const float>(i, candidates_ ? j : 0);
+            for (int32_t k = 0; k < work.image.count(); ++k)
+                work.scales[k] = first[work.image.index[k] * scales.strides[scales.rank - 1]];
+        }
         pack_image(rows, work.image, kernels_.lanes, quick_, work.panels.data());
     }
 
@@ -173,6 +181,7 @@ class Forward {
         job.panel = work.panels.data() + panel * lanes * depth_;
         job.rows = texts.packed.data() + text * bags_ * depth_;
         job.depth = depth_;
+        job.scales = work.scales.empty() ? nullptr : work.scales.data() + panel * lanes;
         job.valid = static_cast<int32_t>(std::min(lanes, work.image.count() - panel * lanes));
         job.index = static_cast<int32_t>(panel);
         job.n_rows = texts.places[text].count();
@@ -248,11 +257,41 @@ class Forward {
     std::vector<Workspace<T, E>> workers_;
 };
 
+// Images of eight-bit numbers. Their products with the text run as those of the text's own type do;
+// both are exact in it, and the scale comes afterwards.
+template <class ImageIn>
+void forward_quantized(const MaxSimForward& call, const CpuKernels& kernels,
+                       PackPanel MaxSimKernels<float>::* quick,
+                       PackPanel MaxSimKernels<float, BFloat16Pair>::* quick_pairs) {
+    const MaxSimKernels<float>& f32 = kernels.f32;
+    switch (call.text.dtype) {
+        case DType::f64:
+            return Forward<double, double, double, ImageIn>(call, scalar_f64_kernels(), nullptr)
+                .run();
+        case DType::f16:
+            return Forward<Half, float, float, ImageIn>(call, f32, f32.*quick).run();
+        case DType::bf16:
+            if (kernels.pairs != nullptr)
+                return Forward<BFloat16, BFloat16Pair, float, ImageIn>(call, *kernels.pairs,
+                                                                       kernels.pairs->*quick_pairs)
+                    .run();
+            return Forward<BFloat16, float, float, ImageIn>(call, f32, f32.*quick).run();
+        default:
+            return Forward<float, float, float, ImageIn>(call, f32, f32.*quick).run();
+    }
+}
+
 }  // namespace
 
 void maxsim_forward(const MaxSimForward& call) {
+    using Singles = MaxSimKernels<float>;
+    using Pairs = MaxSimKernels<float, BFloat16Pair>;
     const CpuKernels& kernels = kernels_of(active_isa());
     const MaxSimKernels<float>& f32 = kernels.f32;
+    if (call.image.dtype == DType::i8)
+        return forward_quantized<int8_t>(call, kernels, &Singles::pack_i8, &Pairs::pack_i8);
+    if (call.image.dtype == DType::f8)
+        return forward_quantized<Float8>(call, kernels, &Singles::pack_f8, &Pairs::pack_f8);
     switch (call.text.dtype) {
         case DType::f64:
             return Forward<double, double, double>(call, scalar_f64_kernels(), nullptr).run();

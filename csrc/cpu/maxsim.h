@@ -32,6 +32,7 @@ struct PanelJob {
     const E* panel;      // [depth][lanes], lanes past `valid` zero or not there
     const E* rows;       // tiles of a text, see tile_height
     int64_t depth;       // D, in elements of E
+    const T* scales;     // [lanes] what each patch's products are multiplied by; null: 1
     int32_t valid;       // patches in this panel, 1..lanes
     int32_t index;       // which panel of its image
     int32_t n_rows;      // bags
@@ -63,8 +64,9 @@ struct MaxSimKernels {
     // makes both scores NaN); with argmax they are exact, the first NaN winning.
     bool (*panel)(const PanelJob<T, E>& job);
     void (*rows)(const RowsJob<T>& job, bool has_nan);
-    // Quick packing from float32, bfloat16 and float16, where there is any.
+    // Quick packing from float32, bfloat16, float16, int8 and float8, where there is any.
     PackPanel pack_f32 = nullptr, pack_bf16 = nullptr, pack_f16 = nullptr;
+    PackPanel pack_i8 = nullptr, pack_f8 = nullptr;
 };
 
 // A text's bags are cut into tiles of at most max_rows, all of one height but for the last ones,
@@ -77,6 +79,7 @@ inline int tile_height(int n_rows, int tile, int max_rows) {
 
 struct MaxSimForward {
     View text, image;            // [Nt, N, D], [Ni, P, D] or [Nt, K, P, D]
+    View image_scales;           // float32, as `image` without D; given where it holds i8 or f8
     View text_mask, image_mask;  // may be absent
     View t2i, i2t;               // outputs may be absent; contiguous
     View text_argmax, image_argmax;

@@ -36,6 +36,7 @@ struct F32x8 {
     static P load_packed(const E* p) { return _mm256_loadu_ps(p); }
     static P broadcast(E x) { return _mm256_set1_ps(x); }
     static V fma(P a, P b, V c) { return _mm256_fmadd_ps(a, b, c); }
+    static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
     static V max(V a, V b) { return _mm256_max_ps(a, b); }
     static float highest(V v) {
         __m128 best = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -72,6 +73,21 @@ struct F32x8 {
     }
     static V load_row(const Half* p) {
         return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static V load_row(const int8_t* p) {
+        return _mm256_cvtepi32_ps(
+            _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    }
+    static V load_row(const Float8* p) {  // as widen(Float8)
+        const __m256i bits =
+            _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
+        const __m256i magnitude = _mm256_and_si256(bits, _mm256_set1_epi32(0x7f));
+        const __m256i sign = _mm256_slli_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x80)), 24);
+        const V value = _mm256_mul_ps(_mm256_castsi256_ps(_mm256_slli_epi32(magnitude, 20)),
+                                      _mm256_set1_ps(0x1p120f));
+        const __m256i nan = _mm256_and_si256(_mm256_cmpeq_epi32(magnitude, _mm256_set1_epi32(0x7f)),
+                                             _mm256_set1_epi32(0x7fc00000));
+        return _mm256_or_ps(value, _mm256_castsi256_ps(_mm256_or_si256(sign, nan)));
     }
     template <class In>
     static E element(In x) {

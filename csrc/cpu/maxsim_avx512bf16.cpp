@@ -42,7 +42,17 @@ struct BF16x32 : F32x16 {
     static P broadcast(E x) { return _mm512_set1_epi32(std::bit_cast<int32_t>(x)); }
     static V fma(P a, P b, V c) { return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b); }
     static V load_row(const E* p) { return _mm512_castsi512_ps(_mm512_loadu_si512(p)); }
+    template <class In>
+    static V load_row(const NarrowPair<In>* p) {
+        const In* values = &p->low;
+        const V low = F32x16::load_row(values), high = F32x16::load_row(values + 16);
+        return _mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(high, low));
+    }
     static E element(E x) { return x; }
+    template <class In>
+    static E element(NarrowPair<In> x) {
+        return widen(x);
+    }
     static void store_packed(E* p, V v) { _mm512_storeu_si512(p, _mm512_castps_si512(v)); }
 };
 
@@ -52,6 +62,8 @@ const CpuKernels& avx512bf16_kernels() {
     static const MaxSimKernels<float, BFloat16Pair> pairs = [] {
         MaxSimKernels<float, BFloat16Pair> made = kernels_over<BF16x32>();
         made.pack_bf16 = pack_panel<BF16x32, BFloat16Pair>;
+        made.pack_i8 = pack_panel<BF16x32, NarrowPair<int8_t>>;
+        made.pack_f8 = pack_panel<BF16x32, NarrowPair<Float8>>;
         return made;
     }();
     static const CpuKernels kernels = [] {

@@ -34,6 +34,11 @@ bool score_tile(const Job<Vec>& job, const typename Vec::E* rows, int first_row)
     for (int c = 0; c < COLUMNS; ++c) {
         const int offset = c * Vec::kWidth;
         const typename Vec::M counts = Vec::below(job.valid - offset);
+        if (job.scales != nullptr) {
+            const typename Vec::V scale = Vec::load(job.scales + offset);
+#pragma GCC unroll 16
+            for (int r = 0; r < HEIGHT; ++r) sum[r][c] = Vec::mul(sum[r][c], scale);
+        }
         typename Vec::V lane_best = Vec::load(job.lane_best + offset);
         typename Vec::I lane_row = Vec::iset1(0);
         if constexpr (ARGMAX) lane_row = Vec::iload(job.lane_row + offset);
@@ -171,5 +176,7 @@ MaxSimKernels<float> f32_kernels_over() {
     kernels.pack_f32 = pack_panel<Vec, float>;
     kernels.pack_bf16 = pack_panel<Vec, BFloat16>;
     kernels.pack_f16 = pack_panel<Vec, Half>;
+    kernels.pack_i8 = pack_panel<Vec, int8_t>;
+    kernels.pack_f8 = pack_panel<Vec, Float8>;
     return kernels;
 }

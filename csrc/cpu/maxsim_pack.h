@@ -64,6 +64,13 @@ struct Packed<BFloat16Pair> {
         const BFloat16 zero{0};
         return {row[2 * d * stride], 2 * d + 1 < features ? row[(2 * d + 1) * stride] : zero};
     }
+
+    template <class In>
+    static BFloat16Pair at(const In* row, int64_t stride, int64_t d, int64_t features) {
+        const In zero{};
+        return widen(NarrowPair<In>{row[2 * d * stride],
+                                    2 * d + 1 < features ? row[(2 * d + 1) * stride] : zero});
+    }
 };
 
 // Token rows of one text or image.

@@ -53,6 +53,9 @@ struct Plain {
     static V fma(const V& a, const V& b, const V& c) {
         return each<V>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
     }
+    static V mul(const V& a, const V& b) {
+        return each<V>([&](int i) { return a.lane[i] * b.lane[i]; });
+    }
     static V max(const V& a, const V& b) {
         return each<V>([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
     }

@@ -14,13 +14,25 @@ struct Half {
     uint16_t bits;
 };
 
+// One sign, four exponent and three fraction bits, no infinities: float8_e4m3fn.
+struct Float8 {
+    uint8_t bits;
+};
+
 // Two neighbours along D, as the bfloat16 dot product takes them.
 struct BFloat16Pair {
     BFloat16 low, high;
 };
 
+// Two neighbours along D as they are stored, to become a BFloat16Pair.
+template <class In>
+struct NarrowPair {
+    In low, high;
+};
+
 inline float widen(float x) { return x; }
 inline double widen(double x) { return x; }
+inline float widen(int8_t x) { return x; }
 inline float widen(BFloat16 x) { return std::bit_cast<float>(uint32_t{x.bits} << 16); }
 
 inline float widen(Half x) {
@@ -30,6 +42,13 @@ inline float widen(Half x) {
     const float scaled = std::bit_cast<float>(magnitude) * 0x1p112f;
     const uint32_t special = (x.bits & 0x7c00u) == 0x7c00u ? 0x7f800000u : 0u;
     return std::bit_cast<float>(std::bit_cast<uint32_t>(scaled) | special | sign);
+}
+
+inline float widen(Float8 x) {
+    const uint32_t sign = uint32_t{x.bits & 0x80u} << 24, magnitude = x.bits & 0x7fu;
+    if (magnitude == 0x7fu) return std::bit_cast<float>(sign | 0x7fc00000u);
+    // 2^120 moves the exponent's bias from 7 to 127 and makes subnormal numbers normal floats
+    return std::bit_cast<float>(sign | (magnitude << 20)) * 0x1p120f;
 }
 
 // Round to nearest, ties to even; NaN stays NaN.
@@ -58,6 +77,12 @@ inline Half narrow<Half>(double value) {
     }
     const uint32_t rounded = magnitude + 0xfffu + ((magnitude >> 13) & 1u);
     return {static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13))};
+}
+
+// Exact: eight-bit numbers have at most eight significant bits.
+template <class In>
+BFloat16Pair widen(NarrowPair<In> x) {
+    return {narrow<BFloat16>(widen(x.low)), narrow<BFloat16>(widen(x.high))};
 }
 
 }  // namespace bagformer

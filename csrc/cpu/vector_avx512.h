@@ -17,6 +17,7 @@ struct F32x16 {
     static P load_packed(const E* p) { return _mm512_loadu_ps(p); }
     static P broadcast(E x) { return _mm512_set1_ps(x); }
     static V fma(P a, P b, V c) { return _mm512_fmadd_ps(a, b, c); }
+    static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
     static V max(V a, V b) { return _mm512_max_ps(a, b); }
     static float highest(V v) { return _mm512_reduce_max_ps(v); }
     static I iload(const int32_t* p) { return _mm512_loadu_si512(p); }
@@ -42,6 +43,22 @@ struct F32x16 {
     }
     static V load_row(const Half* p) {
         return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+    }
+    static V load_row(const int8_t* p) {
+        return _mm512_cvtepi32_ps(
+            _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+    }
+    static V load_row(const Float8* p) {  // as widen(Float8)
+        const __m512i bits =
+            _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+        const __m512i magnitude = _mm512_and_si512(bits, _mm512_set1_epi32(0x7f));
+        const __m512i sign = _mm512_slli_epi32(_mm512_and_si512(bits, _mm512_set1_epi32(0x80)), 24);
+        const V value = _mm512_mul_ps(_mm512_castsi512_ps(_mm512_slli_epi32(magnitude, 20)),
+                                      _mm512_set1_ps(0x1p120f));
+        const __mmask16 nan = _mm512_cmpeq_epi32_mask(magnitude, _mm512_set1_epi32(0x7f));
+        const __m512i number = _mm512_or_si512(_mm512_castps_si512(value), sign);
+        return _mm512_castsi512_ps(
+            _mm512_mask_or_epi32(number, nan, number, _mm512_set1_epi32(0x7fc00000)));
     }
     template <class In>
     static E element(In x) {

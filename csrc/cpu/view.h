@@ -8,7 +8,7 @@
 namespace bagformer {
 
 // The codes of bagformer/ops/_native.py.
-enum class DType : int { f32, f64, bf16, f16, boolean, u8, i16, i32, i64 };
+enum class DType : int { f32, f64, bf16, f16, boolean, u8, i16, i32, i64, i8, f8 };
 
 constexpr int kMaxRank = 4;
 

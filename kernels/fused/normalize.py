@@ -13,7 +13,7 @@ from torch import Tensor
 TILE_ELEMENTS = 4096  # 32 values a thread at 4 warps: two fp32 tiles stay in registers
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def l2_normalize_forward_kernel(
     x, y, n_rows, width, row_stride, eps, ROWS: tl.constexpr, SPAN: tl.constexpr
 ):  # fmt: skip
@@ -29,7 +29,7 @@ def l2_normalize_forward_kernel(
     tl.store(y + start * width + col[None, :], value, mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows"])
 def l2_normalize_backward_kernel(
     grad, x, grad_x, n_rows, width, grad_stride, row_stride, eps,
     ROWS: tl.constexpr, SPAN: tl.constexpr

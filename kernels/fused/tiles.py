@@ -174,6 +174,23 @@ def forward_tile(
     return Tile(block_p, block_n, 0 if step else head, 0 if step else tail, step, warps, stages)
 
 
+def converts_fp8(device: torch.device) -> bool:
+    """Whether the GPU turns e4m3 into wider floats by itself; else it is done by arithmetic."""
+    return family_of(device) in ("sm_90", "sm_100")
+
+
+def quantized_tile(
+    device: torch.device, dtype: torch.dtype, width: int, slot: int, n_texts: int
+) -> Tile:
+    """Tile for images of eight-bit numbers; ``dtype`` is the text's."""
+    tile = forward_tile(device, dtype, width, slot, n_texts, "ieee")
+    if dtype != torch.float32 and family_of(device) == "sm_80" and tile.head >= 128:
+        # every warp widens the rows that it multiplies; with four of them, wide rows spill, and
+        # with two stages so does fp8 under a mask
+        return tile._replace(warps=8, stages=3)
+    return tile
+
+
 def _narrowed(tile: GradientTile, width: int, slot: int, n_texts: int) -> GradientTile:
     most = max(SMALLEST_BLOCK, slot * triton.next_power_of_2(n_texts))
     span = max(SMALLEST_BLOCK, min(tile.span, triton.next_power_of_2(width)))

@@ -29,11 +29,17 @@ def _keys(score, index):
 
 @triton.jit(do_not_specialize=["width", "first", "k"])
 def merge_kernel(scores, best, width, first, k, SPAN: tl.constexpr, BLOCK: tl.constexpr):
-    """A program owns one row: replace its worst key while the stripe holds a better one."""
+    """A program owns one row: replace its worst key while the stripe holds a better one.
+
+    The stripe that starts at 0 finds keys that are distinct and below every real one, so that each
+    is replaced once.
+    """
     row = tl.program_id(0).to(tl.int64)
     place = tl.arange(0, SPAN)
     lowest = tl.full((1,), 1, tl.int64) << 63
-    kept = tl.load(best + row * SPAN + place)
+    kept = lowest + place
+    if first > 0:
+        kept = tl.load(best + row * SPAN + place)
     for start in range(0, width, BLOCK):
         col = start + tl.arange(0, BLOCK)
         inside = col < width
@@ -88,10 +94,9 @@ def maxsim_topk(
     if scores.numel() == 0:
         return scores, indices
     span = triton.next_power_of_2(k)
-    # distinct and below every real key, so that each is replaced once
-    start = torch.arange(span, device=text.device) + torch.iinfo(torch.int64).min
-    best = start.repeat(n_rows, 1)
+    best = torch.empty(n_rows, span, dtype=torch.int64, device=text.device)
     stripe = max(SMALLEST_STRIPE, STRIPE_SCORES // n_rows)
+    block = min(1024, triton.next_power_of_2(min(stripe, n_columns)))
     for first in range(0, n_columns, stripe):
         part = slice(first, first + stripe)
         words, pictures = (text, image[part]) if to_image else (text[part], image)
@@ -103,7 +108,7 @@ def maxsim_topk(
         )[0 if to_image else 1]  # fmt: skip
         merge_kernel[(n_rows,)](
             found, best, found.shape[1], first, k,
-            SPAN=span, BLOCK=min(1024, triton.next_power_of_2(found.shape[1])), num_warps=4,
+            SPAN=span, BLOCK=block, num_warps=4,
         )  # fmt: skip
     unpack_kernel[(n_rows,)](best, scores, indices, k, SPAN=span, num_warps=4)
     return scores, indices

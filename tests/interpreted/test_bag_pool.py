@@ -97,3 +97,40 @@ def test_no_bags_and_wild_offsets(device):
     wild = torch.tensor([[-7, 3, 900], [0, 0, 5]], dtype=torch.int32, device=device)
     tame = torch.tensor([[0, 3, 5], [0, 0, 5]], dtype=torch.int32, device=device)
     torch.testing.assert_close(bag_pool_forward(hidden, wild), bag_pool_forward(hidden, tame))
+
+
+@pytest.mark.parametrize("index", [torch.int32, torch.int64])
+@pytest.mark.parametrize("n_bags,width", [(300, 40), (9, 700), (140, 2)])
+def test_offsets_that_fall_or_leave_the_row_are_made_to_rise(device, n_bags, width, index):
+    """As ``clamp`` and ``cummax`` would, over more bags than a program and than a look holds."""
+    generator = torch.Generator().manual_seed(n_bags)
+    wild = torch.randint(-20, 60, (2, n_bags + 1), generator=generator).to(device, index)
+    wild[1] = wild[1].sort().values
+    if index == torch.int64:
+        wild[0, n_bags // 2] = 1 << 40
+    tame = wild.clamp(0, 31).cummax(dim=1).values.to(torch.int32)
+    hidden = torch.randn(2, 31, width, generator=generator).to(device)
+    grad = torch.randn(2, n_bags, width, generator=generator).to(device)
+    torch.testing.assert_close(bag_pool_forward(hidden, wild), reference.bag_pool(hidden, tame))
+    torch.testing.assert_close(
+        bag_pool_backward(grad, None, wild, None, 31), _grad(hidden, tame, None, False, grad)
+    )
+
+
+def test_strides_of_offsets_mask_and_gradient(device):
+    generator = torch.Generator().manual_seed(3)
+    hidden = torch.randn(3, 12, 24, generator=generator).to(device)
+    row = _offsets(1, 12, 5, generator).to(device)
+    keep = (torch.rand(5, 3, generator=generator) < 0.6).to(device).T
+    grad = torch.randn(5, 3, 24, generator=generator).to(device).transpose(0, 1)
+    spread = torch.ones(1, 1, 1, device=device).expand(3, 5, 24)
+    for offsets, slope in ((row.expand(3, -1), grad), (row.T.repeat(1, 3).T, spread)):
+        plain = offsets.contiguous(), keep.contiguous()
+        for one, two in (
+            (bag_pool_forward(hidden, offsets, keep), bag_pool_forward(hidden, *plain)),
+            (
+                bag_pool_backward(slope, hidden, offsets, keep, 12),
+                bag_pool_backward(slope.contiguous(), hidden, *plain, 12),
+            ),
+        ):
+            assert torch.equal(one, two)

@@ -70,7 +70,7 @@ def _patch_arithmetic(builder: Any, interpreter: Any) -> None:
         return handle(product + d.data, d.dtype.scalar)
 
     def cast_impl(self, source, target):
-        if target.scalar == tl.bfloat16 and source.dtype.scalar.is_floating():
+        if target.scalar == tl.bfloat16 and not is_bf16(source):
             return handle(narrow(np.asarray(real(source), dtype=np.float32)), tl.bfloat16)
         if is_bf16(source) and target.scalar != tl.bfloat16:
             return handle(real(source).astype(interpreter._get_np_dtype(target)), target.scalar)

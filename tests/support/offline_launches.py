@@ -19,6 +19,7 @@ from machine_code import disassemble
 from bagformer.ops import (
     _bag_pool_triton,
     _l2_normalize_triton,
+    _maxsim_quantized_triton,
     _maxsim_topk_triton,
     _maxsim_triton,
 )
@@ -50,6 +51,11 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     yield (
         "top-k",
         lambda: _maxsim_topk_triton.forward(text, image, *masks, 100, False, "zero", True, "fp32"),
+    )
+    listed = _empty(128, 9, 257, 256, dtype=torch.float8_e4m3fn), _empty(128, 9, 257)
+    yield (
+        "candidates in eight bits",
+        lambda: _maxsim_quantized_triton.forward(text, *listed, None, None, options, False),
     )
     single = text.float(), image.float(), None, None
     tf32 = Options("exclude", "both", "sum", "tf32")
