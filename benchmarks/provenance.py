@@ -36,7 +36,9 @@ def provenance(threads: int, *packages: str) -> dict[str, Any]:
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": _git("rev-parse", "HEAD"),
         # results of the last run may lie about, the code that made them may not differ
-        "dirty": bool(_git("status", "--porcelain", "-uno", "--", ":!benchmarks/results")),
+        "dirty": bool(
+            _git("status", "--porcelain", "-uno", "--", ":(top,exclude)benchmarks/results")
+        ),
         "machine": {
             "processor": _processor(),
             "capability": torch.backends.cpu.get_cpu_capability(),

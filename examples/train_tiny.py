@@ -34,7 +34,13 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import BertTokenizer
 
-from bagformer import BagFormerConfig, BagFormerForRetrieval, BagFormerProcessor, maxsim
+from bagformer import (
+    BagFormerConfig,
+    BagFormerForRetrieval,
+    BagFormerProcessor,
+    BagwiseContrastiveLoss,
+    maxsim,
+)
 from bagformer.assets import sample_path, vocabulary_path
 from bagformer.data.muge import MugeImages, Queries, Query, read_queries
 from bagformer.data.sample import IMAGES, QUERIES, UNSEEN_QUERIES
@@ -161,6 +167,10 @@ class Trainer:
             model_config, tokenizer, folder / "entities.txt"
         )
         self.model = BagFormerForRetrieval(model_config)
+        # the interaction of CLS tokens compares the first vector of each side alone
+        self.kept = 1 if model_config.interaction == "cls_token" else None
+        if self.model.twc_loss is None:
+            self.model.twc_loss = BagwiseContrastiveLoss(reduction="mean", temperature="learn")
         self.valid = {
             kind: list(read_queries(folder / f"MR_{kind}_queries.jsonl"))
             for kind in ("valid", "valid_unseen")
@@ -209,9 +219,9 @@ class Trainer:
                 total = 0.0
         learner.load_state_dict(average.copy.state_dict())
 
-    @staticmethod
-    def code_features(codes: Tensor) -> Tensor:
-        return F.normalize(torch.cat([codes.mean(dim=1, keepdim=True), codes], dim=1), dim=-1)
+    def code_features(self, codes: Tensor) -> Tensor:
+        codes = torch.cat([codes.mean(dim=1, keepdim=True), codes], dim=1)
+        return F.normalize(codes[:, : self.kept], dim=-1)
 
     def step(self, loss: Tensor, optimizer: torch.optim.Optimizer, average: Average) -> float:
         optimizer.zero_grad()
@@ -241,7 +251,7 @@ class Trainer:
             pixels = render(layers[icons], size, mean, std)
             with torch.autocast("cpu", torch.bfloat16):
                 embeds, _ = model.vision_model(pixels)
-            image = F.normalize(model.vision_proj(embeds.float()), dim=-1)
+            image = F.normalize(model.vision_proj(embeds[:, : self.kept].float()), dim=-1)
             rows = self.texts.belongs[:, icons].any(dim=1).nonzero().flatten()
             loss = model.twc_loss(
                 text[rows],
@@ -285,7 +295,10 @@ class Trainer:
         if not hasattr(self, "_valid_pixels"):
             pictures = [self.valid_images[item] for item in self.valid_items()]
             self._valid_pixels = self.processor(images=pictures)["pixel_values"]
-        parts = [projection(vision(pixels)[0]) for pixels in self._valid_pixels.split(250)]
+        parts = [
+            projection(vision(pixels)[0][:, : self.kept])
+            for pixels in self._valid_pixels.split(250)
+        ]
         return F.normalize(torch.cat(parts), dim=-1)
 
     @torch.no_grad()
