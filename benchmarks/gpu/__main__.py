@@ -19,16 +19,18 @@ HERE = Path(__file__).resolve().parent
 sys.path[0] = str(HERE.parent)
 
 from gpu import report  # noqa: E402
+from gpu.cases import PART_NAMES  # noqa: E402
 
-GRACE = 20.0  # seconds that a worker may run past the time before it is killed
+GRACE = 15.0  # seconds that a worker may run past the time before it is killed
 MOST_WORKERS = 6
+OVERTIME = "killed: it ran past the time"
 
 
 def arguments(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Measure bagformer's kernels on a GPU.")
     parser.add_argument("--out", required=True, help="the JSON file, rewritten after every step")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, no GPU")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds in all (540)")
+    parser.add_argument("--budget", type=float, default=520.0, help="seconds in all (520)")
     parser.add_argument("--started", type=float, help="when they began, in seconds since 1970")
     parser.add_argument("--parts", help="only these, comma-separated")
     parser.add_argument("--spoil", action="store_true", help=argparse.SUPPRESS)
@@ -36,6 +38,10 @@ def arguments(words: list[str]) -> argparse.Namespace:
     parser.add_argument("--resume", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(words)
     args.deadline = (args.started or time.time()) + args.budget
+    unknown = [name for name in (args.parts or "machine").split(",") if name not in PART_NAMES]
+    if unknown:
+        expected = ", ".join(PART_NAMES)
+        parser.error(f"--parts: expected some of {expected}, got {', '.join(unknown)}")
     results = HERE.parent / "results"
     if args.dry_run and results in Path(args.out).resolve().parents:
         parser.error(f"--out: a dry run must not write to {results}")
@@ -58,19 +64,28 @@ def _wait(worker: subprocess.Popen, deadline: float) -> str | None:
     except subprocess.TimeoutExpired:
         worker.kill()
         worker.wait()
-        return "killed: it ran past the time"
+        return OVERTIME
     return None if code in (0, 1) else f"the worker ended with code {code}"
 
 
 def _close(path: Path, fate: str) -> bool:
-    """Note how a worker died in the part that it was in; whether there is anything to go on from."""
+    """Note how a worker died in its part; whether there is anything to go on from."""
     if not path.exists():
         return False
     document = report.read(path)
     running = [name for name, part in document["parts"].items() if part["status"] == "running"]
     for name in running:
         document["parts"][name].update(status="crashed", reason=fate)
-        document["failures"].append(f"{name}: {fate}")
+        if fate == OVERTIME:
+            document["parts"][name]["status"] = "stopped"
+        else:
+            document["failures"].append(f"{name}: {fate}")
+    if fate == OVERTIME:
+        for name in PART_NAMES:
+            skipped = {"status": "skipped", "reason": "the time was up"}
+            document["parts"].setdefault(name, skipped)
+        document["finished"] = True
+    document["goals"] = report.goals(document)
     report.write(path, document)
     return bool(document["parts"])
 

@@ -6,6 +6,25 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 BAGS, PATCHES = 25, 257
+# in the order of importance; parts.py says what each is
+PART_NAMES = (
+    "machine",
+    "ceilings",
+    "parity",
+    "headline",
+    "tests",
+    "rerank",
+    "muge",
+    "short_texts",
+    "training",
+    "tiles",
+    "sizes",
+    "package_parity",
+    "other_depth",
+    "gradient_tiles",
+    "muge_slice",
+    "compiled",
+)
 
 
 @dataclass(frozen=True)
@@ -116,16 +135,16 @@ class Plan:
         return replace(self.headline, real_bags=self.short_bags)
 
 
-def _parity(
-    texts: int, images: int, bags: int, patches: int, depths: tuple[int, ...]
-) -> tuple[Case, ...]:
-    made = []
-    for depth in depths:
-        base = Case(texts, images, bags, patches, depth)
-        made += [base, replace(base, real_bags=max(1, bags // 3))]
-        made += [replace(base, dtype=dtype) for dtype in ("float16", "float32")]
-    made.append(replace(made[0], images=3, form="candidates"))
-    return tuple(made)
+def _parity(texts: int, images: int, like: Case, other_depth: int) -> tuple[Case, ...]:
+    base = replace(like, texts=texts, images=images)
+    short = replace(base, real_bags=max(1, like.bags // 3))
+    return (
+        base,
+        short,
+        *(replace(base, dtype=dtype) for dtype in ("float16", "float32")),
+        replace(base, images=3, form="candidates"),
+        *(replace(case, depth=other_depth) for case in (base, short)),
+    )
 
 
 def real() -> Plan:
@@ -140,7 +159,7 @@ def real() -> Plan:
         other_depth=128,
         tiles=FORWARD_TILES,
         gradient_tiles=GRADIENT_TILES,
-        parity=_parity(48, 40, BAGS, PATCHES, (128, 256)),
+        parity=_parity(48, 40, Case(1024, 1024), 128),
         matmul=8192,
         copy_bytes=2 << 30,
         seconds_of_a_variant=1.0,
@@ -150,7 +169,7 @@ def real() -> Plan:
 def dry() -> Plan:
     """The same parts on shapes that the interpreter finishes in a few milliseconds each."""
     return Plan(
-        headline=Case(4, 3, 5, 9, 16),
+        headline=Case(3, 2, 5, 9, 16),
         sizes=(2,),
         rerank=(Case(1, 3, 5, 9, 16, form="candidates"),),
         short_bags=2,
@@ -160,7 +179,7 @@ def dry() -> Plan:
         other_depth=32,
         tiles=(_forward(16, 32, 4, 1, "dry"),),
         gradient_tiles=(_gradient("text_gradient_tile", 16, 32, 4),),
-        parity=_parity(3, 3, 5, 9, (16,)),
+        parity=_parity(3, 3, Case(4, 3, 5, 9, 16), 24),
         matmul=32,
         copy_bytes=1 << 16,
         seconds_of_a_variant=0.0,

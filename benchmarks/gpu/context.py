@@ -26,7 +26,6 @@ class Context:
         self.timer = Timer(device, plan.seconds_of_a_variant)
         self.ceilings: dict[str, Any] = {}
         self.excluded: dict[str, str] = {}
-        self.seconds_left: Callable[[], float] = lambda: float("inf")
         self.plain = rivals.plain(device.dry)
         self.packages, self.found = rivals.packages(device.dry)
 

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from bagformer import BagwiseContrastiveLoss, maxsim_topk
 from bagformer.kernels import tiles as table
 
+from bagformer import BagwiseContrastiveLoss, maxsim_topk
 from gpu.cases import Case, TileChange
 from gpu.context import Context
 from gpu.device import Call
@@ -135,9 +135,8 @@ def top_k(ctx: Context, case: Case) -> list[Row]:
 def training(ctx: Context) -> Rows:
     """A training step of the loss: launches, host time, and capture in a CUDA graph."""
     plan = ctx.plan
-    for case in (plan.in_batch(plan.sizes[0]), plan.headline):
-        if case.texts != case.images:
-            case = plan.in_batch(case.texts)
+    for size in sorted({plan.sizes[0], plan.headline.images}):
+        case = plan.in_batch(size)
         text, image, mask = ctx.features(case)
         loss = BagwiseContrastiveLoss()
         leaves = text.requires_grad_(), image.requires_grad_()

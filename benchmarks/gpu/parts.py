@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from gpu import extra_parts, oracle, probes, testing
+from gpu import cases, extra_parts, oracle, probes, testing
 from gpu.cases import Case
 from gpu.context import Context
 from gpu.rivals import Variant, step_of
@@ -166,9 +166,9 @@ PARTS = (
     Part("ceilings", ceilings, 5),
     Part("parity", parity, 10),
     Part("headline", headline, 30),
-    Part("tests", testing.tests, 20),
+    Part("tests", testing.tests, 30),
     Part("rerank", rerank, 15),
-    Part("muge", muge, 20),
+    Part("muge", muge, 30),
     Part("short_texts", short_texts, 20),
     Part("training", extra_parts.training, 10),
     Part("tiles", extra_parts.tiles, 15),
@@ -179,6 +179,7 @@ PARTS = (
     Part("muge_slice", muge_slice, 25),
     Part("compiled", compiled, 40),
 )
+assert tuple(part.name for part in PARTS) == cases.PART_NAMES
 
 
 def failures(name: str, rows: list[dict[str, Any]]) -> list[str]:

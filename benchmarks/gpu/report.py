@@ -156,7 +156,7 @@ def _numbers(errors: dict[str, Any]) -> Iterator[float]:
 
 def table(document: Document) -> str:
     """What a person reads: parts with their rows, ceilings, packages, goals."""
-    lines = []
+    lines: list[str] = []
     for name, part in document["parts"].items():
         lines += _part_lines(name, part)
     rates = (document["parts"].get("ceilings", {}).get("rows") or [{}])[0]

@@ -73,7 +73,7 @@ def _run(words: list[str], seconds: float, dry: bool) -> Row:
 def tests(ctx: Context) -> Iterator[list[Row]]:
     """Kernel tests as they are, then whatever else is marked ``gpu``."""
     ctx.device.clear()
-    seconds = min(LONGEST, SHARE * ctx.seconds_left())
+    seconds = min(LONGEST, SHARE * ctx.timer.seconds_left())
     start = time.monotonic()
     if ctx.device.dry:
         yield [_run(list(DRY_TESTS), seconds, True)]

@@ -16,8 +16,8 @@ REPEATS_OF_BITS, REPEATS_OF_SLOW_BITS, SLOW_MS = 5, 2, 200.0
 Row = dict[str, Any]
 
 
-class DeviceLost(RuntimeError):
-    """The device answers no more, after ``variant`` ran: this process can measure nothing further."""
+class DeviceLostError(RuntimeError):
+    """The device answers no more, after ``variant`` ran: this process measures nothing further."""
 
     def __init__(self, reason: str, variant: str | None = None) -> None:
         super().__init__(reason)
@@ -78,6 +78,7 @@ class Timer:
 
     def __init__(self, device: Device, seconds: float) -> None:
         self.device, self.seconds = device, seconds
+        self.seconds_left: Callable[[], float] = lambda: float("inf")
 
     def once(self, call: Call) -> float:
         """Milliseconds of one call, caches flushed before it."""
@@ -99,7 +100,7 @@ class Timer:
             return act(), None
         except Exception as error:
             if is_fatal(error):
-                raise DeviceLost(reason_of(error), variant) from error
+                raise DeviceLostError(reason_of(error), variant) from error
             why = reason_of(error)
         # outside the except block: the traceback holds the tensors that did not fit
         self.device.clear()
@@ -110,6 +111,9 @@ class Timer:
         rows: dict[str, Row] = {}
         single: dict[str, float] = {}
         for name, call in variants.items():
+            if self.seconds_left() <= 0:
+                rows[name] = {"status": "skipped", "reason": "the time was up"}
+                continue
             found, why = self.attempt(lambda call=call: self._warm(call), name)
             if why is not None:
                 rows[name] = {"status": "failed", "reason": why}

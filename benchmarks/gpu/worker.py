@@ -89,7 +89,7 @@ class Run:
         dry = self.args.dry_run
         device = DryDevice() if dry else CudaDevice()
         ctx = Context(device, cases.dry() if dry else cases.real(), broken=self.args.spoil)
-        ctx.seconds_left = self.left
+        ctx.timer.seconds_left = self.left
         ctx.excluded = self.document["excluded"]
         self.document["packages"] = ctx.found
         done = self.document["parts"].get("ceilings", {}).get("rows")
@@ -126,7 +126,7 @@ class Run:
                     break
             else:
                 entry["status"] = "done"
-        except timing.DeviceLost as error:
+        except timing.DeviceLostError as error:
             if error.variant in ctx.packages:
                 # a rival's fault: a fresh worker does the part again without it
                 self.document["excluded"][error.variant] = f"took the device down: {error}"
