@@ -165,7 +165,8 @@ def table(document: Document) -> str:
         if isinstance(value, (int, float)) and not isinstance(value, bool)
     ))  # fmt: skip
     for name, info in (document.get("packages") or {}).items():
-        lines.append(f"{name}: {info['version'] or info['reason']}")
+        stand_in = "; a stand-in was called in its place" if document["dry_run"] else ""
+        lines.append(f"{name}: {info['version'] or info['reason']}{stand_in}")
         if info.get("changed"):
             lines.append(f"  differs from {info['wanted']} in {', '.join(info['changed'])}")
     lines.append("goals" + (" (a dry run judges none)" if document["dry_run"] else ""))
