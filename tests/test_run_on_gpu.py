@@ -173,6 +173,19 @@ def test_time_that_runs_out_is_recorded(tmp_path):
     assert "left" in document["parts"]["headline"]["reason"]
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_an_earlier_result_stays(tmp_path):
+    out = tmp_path / "gpu.json"
+    out.write_text("an earlier run's")
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT.parent / "gpu"), "--out", str(out)],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "no CUDA device" in done.stderr
+    assert out.read_text() == "an earlier run's"
+
+
 @pytest.mark.parametrize(
     "words,complaint",
     [

@@ -176,7 +176,7 @@ PARTS = (
     Part("package_parity", package_parity, 15),
     Part("other_depth", other_depth, 20),
     Part("gradient_tiles", extra_parts.gradient_tiles, 15),
-    Part("muge_slice", muge_slice, 25),
+    Part("muge_slice", muge_slice, 40),
     Part("compiled", compiled, 40),
 )
 assert tuple(part.name for part in PARTS) == cases.PART_NAMES

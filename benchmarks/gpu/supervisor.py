@@ -18,7 +18,7 @@ from gpu import report
 from gpu.cases import PART_NAMES
 
 HERE = Path(__file__).resolve().parent
-GRACE = 15.0  # seconds that a worker may run past the time before it is killed
+GRACE, DRY_GRACE = 15.0, 600.0  # seconds past the time before a worker is killed
 MOST_WORKERS = 6
 BUDGET, DRY_BUDGET = 520.0, 3600.0  # seconds; a dry run may take as long as it takes
 OVERTIME = "killed: it ran past the time"
@@ -58,10 +58,10 @@ def _start(words: list[str], args: argparse.Namespace, resume: bool) -> subproce
     return subprocess.Popen(command + ["--resume"] * resume, env=environment)
 
 
-def _wait(worker: subprocess.Popen, deadline: float) -> str | None:
+def _wait(worker: subprocess.Popen, end: float) -> str | None:
     """None when the worker ended by itself with 0 or 1, else what became of it."""
     try:
-        code = worker.wait(max(1.0, deadline + GRACE - time.time()))
+        code = worker.wait(max(1.0, end - time.time()))
     except subprocess.TimeoutExpired:
         worker.kill()
         worker.wait()
@@ -69,10 +69,12 @@ def _wait(worker: subprocess.Popen, deadline: float) -> str | None:
     return None if code in (0, 1) else f"the worker ended with code {code}"
 
 
+def _stamp(path: Path) -> int | None:
+    return path.stat().st_mtime_ns if path.exists() else None
+
+
 def _close(path: Path, fate: str) -> bool:
     """Note how a worker died in its part; whether there is anything to go on from."""
-    if not path.exists():
-        return False
     document = report.read(path)
     running = [name for name, part in document["parts"].items() if part["status"] == "running"]
     for name in running:
@@ -93,21 +95,25 @@ def _close(path: Path, fate: str) -> bool:
 
 def supervise(words: list[str], args: argparse.Namespace) -> int:
     path = Path(args.out)
-    path.unlink(missing_ok=True)
+    before = _stamp(path)  # an earlier run's file stays until this one has something to say
     for number in range(MOST_WORKERS):
         worker = _start(words, args, resume=number > 0)
         stop = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
-            fate = _wait(worker, args.deadline)
+            fate = _wait(worker, args.deadline + (DRY_GRACE if args.dry_run else GRACE))
         finally:
             signal.signal(signal.SIGTERM, stop)
             if worker.poll() is None:  # this process was told to stop
                 worker.terminate()
                 worker.wait()
-        if fate is None or not _close(path, fate) or time.time() > args.deadline:
+            for part in path.parent.glob(f"{path.name}.{worker.pid}.part"):
+                part.unlink()  # it was killed while writing
+        if fate is None or _stamp(path) == before:
+            break
+        if not _close(path, fate) or time.time() > args.deadline:
             break
         print(f"{fate}: going on with the next part", flush=True)
-    if not path.exists():
+    if _stamp(path) == before:
         print("nothing was measured", file=sys.stderr)
         return 2
     document = report.read(path)

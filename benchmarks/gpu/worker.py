@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import sys
 import time
 import traceback
 from argparse import Namespace
@@ -82,11 +83,15 @@ class Run:
         return self.args.deadline - time.time()
 
     def go(self) -> int:
+        import torch
+
         from gpu import cases, parts
         from gpu.context import Context
         from gpu.device import CudaDevice, DryDevice
 
         dry = self.args.dry_run
+        if not dry and not torch.cuda.is_available():
+            sys.exit("PyTorch sees no CUDA device; --dry-run walks the steps on a CPU")
         device = DryDevice() if dry else CudaDevice()
         ctx = Context(device, cases.dry() if dry else cases.real(), broken=self.args.spoil)
         ctx.timer.seconds_left = self.left
