@@ -33,7 +33,10 @@ def changed(change: TileChange | None) -> Iterator[None]:
     def choose(device: Any, dtype: Any, width: int, slot: int, *rest: Any) -> Any:
         fields = dict(change.fields)
         fields["block_n"] = max(slot, fields["block_n"])
-        return old(device, dtype, width, slot, *rest)._replace(**fields)
+        tile = old(device, dtype, width, slot, *rest)
+        if "registers" in tile._fields:
+            fields.setdefault("registers", None)  # the table's cap is for the table's tile
+        return tile._replace(**fields)
 
     setattr(table, change.chooser, choose)
     try:
@@ -76,7 +79,7 @@ def _with_notes(rows: list[Row], changes: tuple[TileChange, ...]) -> list[Row]:
 
 
 def _agreement(ctx: Context, case: Case, calls: Mapping[str, Call]) -> list[Row]:
-    """How far a tile's scores lie from the table's: a fast wrong tile must not look good."""
+    """How far a tile's results lie from the table's: a fast wrong tile must not look good."""
     first = [one.clone() for one in flatten(calls["table"]())]
     rows: list[Row] = []
     for label, call in calls.items():
@@ -100,7 +103,8 @@ def gradient_tiles(ctx: Context) -> Rows:
     for change in (None, *ctx.plan.gradient_tiles):
         name = "table" if change is None else f"{change.chooser}: {_label(change)}"
         calls[name] = _under(change, step)
-    yield ctx.time(case, "step", calls, check_bits=False)
+    rows = ctx.time(case, "step", calls, check_bits=False)
+    yield [*rows, *_agreement(ctx, case, calls)]
 
 
 def side_by_side(ctx: Context, mode: str, cases: dict[str, Case]) -> list[Row]:
