@@ -1,0 +1,83 @@
+"""Ways to compute MaxSim in plain PyTorch, on any device: what the kernels are compared with.
+
+Each takes ``text [Nt, N, D]`` and ``image [Ni, P, D]`` and gives ``text_to_image [Nt, Ni]`` and
+``image_to_text [Ni, Nt]``. Sums are taken in float32 or wider, as every kernel here does, so that a
+rival in bfloat16 is judged for its products alone. ``text_mask [Nt, N]`` is True where a bag
+counts; a bag that does not is left out of sums and maxima.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Scores = tuple[Tensor, Tensor]
+Function = Callable[..., Scores]
+
+
+def _wide(values: Tensor) -> Tensor:
+    return values if values.dtype == torch.float64 else values.float()
+
+
+def _text_sum(best: Tensor, mask: Tensor | None) -> Tensor:
+    """Sum over the last axis of the maxima of bags."""
+    best = _wide(best)
+    return (best if mask is None else best.where(mask, 0.0)).sum(-1)
+
+
+def _hidden(similarity: Tensor, mask: Tensor | None) -> Tensor:
+    """Similarities ``[..., N, P]`` with the rows of masked bags at -inf."""
+    if mask is None:
+        return similarity
+    return similarity.masked_fill(~mask[..., None], float("-inf"))
+
+
+def seed_loops(text: Tensor, image: Tensor, text_mask: Tensor | None = None) -> Scores:
+    """As the original does it: one loop over texts, another over images.
+
+    A round holds the similarities of one item with the whole other side; both loops compute every
+    similarity, each for one direction.
+    """
+    rows, columns = [], []
+    for a in range(text.shape[0]):
+        best = torch.matmul(image, text[a].t()).amax(1)  # [Ni, N]
+        rows.append(_text_sum(best, None if text_mask is None else text_mask[a]))
+    for b in range(image.shape[0]):
+        similarity = torch.matmul(text, image[b].t())  # [Nt, N, P]
+        columns.append(_wide(_hidden(similarity, text_mask).amax(1)).sum(1))
+    return torch.stack(rows), torch.stack(columns)
+
+
+def einsum_scores(text: Tensor, image: Tensor, text_mask: Tensor | None = None) -> Scores:
+    """All similarities at once, ``[Nt, Ni, N, P]``, and two reductions of them."""
+    similarity = torch.einsum("tnd,ipd->tinp", text, image)
+    mask = None if text_mask is None else text_mask[:, None]
+    to_image = _text_sum(similarity.amax(3), mask)
+    return to_image, _wide(_hidden(similarity, mask).amax(2)).sum(2).t()
+
+
+def per_image_matmul(text: Tensor, image: Tensor, text_mask: Tensor | None = None) -> Scores:
+    """One matrix product for each image, with the bags of all texts; both directions from it."""
+    texts, bags, width = text.shape
+    flat = text.reshape(texts * bags, width)
+    rows, columns = [], []
+    for b in range(image.shape[0]):
+        similarity = (flat @ image[b].t()).view(texts, bags, -1)
+        rows.append(_text_sum(similarity.amax(2), text_mask))
+        columns.append(_wide(_hidden(similarity, text_mask).amax(1)).sum(1))
+    return torch.stack(rows, 1), torch.stack(columns)
+
+
+def candidates(function: Function, text: Tensor, image: Tensor) -> Scores:
+    """A function of all pairs over ``image [Nt, K, P, D]``: both directions ``[Nt, K]``."""
+    pairs = [function(text[a : a + 1], image[a]) for a in range(text.shape[0])]
+    return torch.cat([pair[0] for pair in pairs]), torch.cat([pair[1].t() for pair in pairs])
+
+
+PLAIN: dict[str, Function] = {
+    "seed_loops": seed_loops,
+    "einsum": einsum_scores,
+    "per_image_matmul": per_image_matmul,
+}
