@@ -52,7 +52,7 @@ def _text_encoder(name: str) -> tuple[Path, bool | None, list[str]]:
             )
         return vocabulary_path(), False, []
     if path.is_dir() and not (path / "tokenizer_config.json").is_file():
-        remark = f"{path} has no tokenizer_config.json: texts are lower-cased, as the original does there"
+        remark = f"{path} has no tokenizer_config.json: texts are lower-cased, as by the original"
         return path, True, [remark]
     return path, None, []
 

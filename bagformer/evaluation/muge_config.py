@@ -84,7 +84,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not place.is_file():
         raise FileNotFoundError(f"--config: there is no file {place}")
     try:
-        given = yaml.load(place.read_text(encoding="utf-8"), _Loader)  # noqa: S506
+        given = yaml.load(place.read_text(encoding="utf-8"), _Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{place}: no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(given, dict):

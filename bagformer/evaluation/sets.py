@@ -18,9 +18,9 @@ class SetFiles(NamedTuple):
 def find_files(folder: str | Path, split: str = "valid") -> SetFiles:
     """The files of ``split`` in a folder in MUGE's layout.
 
-    ``MR_valid_queries.jsonl`` with ``MR_valid_imgs.tsv``, the same without ``MR_``, or, for a folder
-    of one split, ``queries.jsonl`` with ``imgs.tsv``. Raises FileNotFoundError saying what was
-    looked for.
+    ``MR_valid_queries.jsonl`` with ``MR_valid_imgs.tsv``, the same without ``MR_``, or, for a
+    folder of one split, ``queries.jsonl`` with ``imgs.tsv``. Raises FileNotFoundError saying what
+    was looked for.
     """
     place = Path(folder)
     if not place.is_dir():
