@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="folder of a model")
     add("data", type=Path, nargs="?", metavar="DATA", help="folder in MUGE's layout")
-    add("--split", default="valid", metavar="NAME", help="which files of DATA (default valid)")
+    add("--split", metavar="NAME", help="which files of DATA (default: valid, or the only ones)")
     add("--queries", type=Path, metavar="FILE", help="jsonl of queries, in place of DATA's")
     add("--images", type=Path, metavar="FILE", help="tsv of pictures, in place of DATA's")
     add(

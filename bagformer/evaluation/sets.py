@@ -15,18 +15,19 @@ class SetFiles(NamedTuple):
     images: Path
 
 
-def find_files(folder: str | Path, split: str = "valid") -> SetFiles:
+def find_files(folder: str | Path, split: str | None = None) -> SetFiles:
     """The files of ``split`` in a folder in MUGE's layout.
 
-    ``MR_valid_queries.jsonl`` with ``MR_valid_imgs.tsv``, the same without ``MR_``, or, for a
-    folder of one split, ``queries.jsonl`` with ``imgs.tsv``. Raises FileNotFoundError saying what
-    was looked for.
+    ``MR_valid_queries.jsonl`` with ``MR_valid_imgs.tsv``, or the same without ``MR_``. Where no
+    split is asked for, that is ``valid`` or else the only one: ``queries.jsonl`` with ``imgs.tsv``.
+    Raises FileNotFoundError saying what was looked for.
     """
     place = Path(folder)
     if not place.is_dir():
         raise FileNotFoundError(f"there is no folder {place}")
     tried = []
-    for prefix in (f"MR_{split}_", f"{split}_", ""):
+    name = split or "valid"
+    for prefix in (f"MR_{name}_", f"{name}_", *([] if split else [""])):
         files = SetFiles(place / f"{prefix}queries.jsonl", place / f"{prefix}imgs.tsv")
         if files.queries.is_file() and files.images.is_file():
             return files

@@ -29,7 +29,7 @@ def _noise(seed: int, mode: str) -> Image.Image:
     # coarse squares of colour: noise of single pixels makes all pictures alike
     coarse = torch.randint(0, 256, (bands, 4, 4), generator=maker).float()
     pixels = F.interpolate(coarse[None], size=(SIZE, SIZE), mode="nearest")[0].byte()
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy(), mode)
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
 def write_set(folder: Path, pictures: int = 14, queries: int = 11, labels: bool = True) -> Any:
