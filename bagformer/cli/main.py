@@ -18,7 +18,7 @@ VERBS = {
     "segment": "cut texts into bags",
     "score": "score texts against pictures, both ways",
     "evaluate": "measure recall, re-rank, and write predictions for a leaderboard",
-    "train-muge": "the original's train_muge.py: its flags, its files, its numbers",
+    "train-muge": "evaluate a checkpoint with the flags and files of the original's train_muge.py",
     "convert": "turn a checkpoint of the original code into a model folder",
     "data": "build or check a data set in MUGE's format",
     "doctor": "say what is installed and what each operator would run on",
