@@ -165,10 +165,14 @@ def test_candidates_from_chunks_are_those_of_the_whole():
         best = merge(best, scores[:, start : start + 5], start, 7)
     for row, found in zip(scores.tolist(), best.indices.tolist(), strict=True):
         assert found == sorted(range(23), key=lambda item: (-row[item], item))[:7]
-    again = reorder(best, torch.zeros(6, 4))
-    assert again.indices[:, :4].tolist() == best.indices[:, :4].sort(dim=1).values.tolist()
-    assert torch.equal(again.indices[:, 4:], best.indices[:, 4:])
-    assert isinstance(again, Candidates)
+
+
+def test_equal_scores_are_re_ordered_by_the_lower_number():
+    found = Candidates(torch.tensor([[9.0, 8, 7, 6, 5]]), torch.tensor([[4, 2, 7, 0, 1]]))
+    again = reorder(found, torch.tensor([[1.0, 1.0, 1.0]]))
+    assert again.indices.tolist() == [[2, 4, 7, 0, 1]]
+    again = reorder(found, torch.tensor([[1.0, 1.0, 3.0, 1.0]]))
+    assert again.indices.tolist() == [[7, 0, 2, 4, 1]]
 
 
 def test_a_query_without_pictures_is_left_out(tmp_path, place):
