@@ -90,6 +90,7 @@ def test_the_protocol_is_the_models_own_or_the_one_asked_for(run, place, tmp_pat
         result = json.loads(printed)
         assert code == 0
         assert (result["protocol"], result["model_protocol"]) == (protocol, "original")
+    assert "--dictionary is not read" in run(original, folder, "--dictionary", "x")[2]
     world.fails_with_one_line(
         run(original, folder, "--protocol", "corrected"), 2, "evaluate", "--dictionary FILE"
     )

@@ -12,6 +12,7 @@ from bagformer import reference
 from bagformer.data.muge import MugeError
 from bagformer.evaluation import evaluate, metric_names, with_protocol
 from bagformer.evaluation.candidates import Candidates, merge, reorder
+from bagformer.evaluation.images import TokenStore
 from bagformer.evaluation.sets import find_files, read_set
 
 KINDS = ("recall", "rank", "merge")
@@ -144,6 +145,23 @@ def test_the_model_comes_back_in_its_own_mode(tmp_path, place):
     model.train()
     evaluate(model, processor, read(place))
     assert model.training and seen and not any(seen)
+
+
+def test_a_model_in_bfloat16_keeps_its_tokens_so(tmp_path, place, monkeypatch):
+    model, processor = model_and_processor(tmp_path)
+    wide = evaluate(model, processor, read(place), k_test=5)
+    kept = []
+    make = TokenStore._make
+
+    def keep(self, shape):
+        kept.append(self.dtype)
+        return make(self, shape)
+
+    monkeypatch.setattr(TokenStore, "_make", keep)
+    narrow = evaluate(model.bfloat16(), processor, read(place), k_test=5)
+    assert kept == [torch.bfloat16] and narrow.metrics.keys() == wide.metrics.keys()
+    same = (narrow.rankings["recall"] == wide.rankings["recall"]).float().mean()
+    assert same > 0.5
 
 
 def test_equal_scores_come_in_the_order_of_the_set(tmp_path, place):

@@ -141,6 +141,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     dataset = read_set(files, on_error="skip" if args.skip_errors else "raise")
     model, processor = load_model(args.model), load_processor(args.model)
     own = model.config.protocol
+    if args.dictionary is not None and args.protocol in ("auto", own):
+        note(args, f"bagformer evaluate: --dictionary is not read: the protocol stays {own}")
     model, processor = with_protocol(model, processor, args.protocol, args.dictionary)
     started = time.perf_counter()
     report = run_evaluation(

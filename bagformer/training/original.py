@@ -92,7 +92,8 @@ class Slow:
     """What the baselines compare with: slow copies of the encoders and fixed queues.
 
     ``image_queue`` and ``text_queue`` ``[D, Q]``, ``idx_queue [1, Q]`` int64. The original never
-    puts anything into the queues. ``copies`` are of our modules, by the original's names.
+    puts anything into the queues. ``copies`` are of our modules, by the original's names, and draw
+    dropout as the model does.
     """
 
     copies: dict[str, nn.Module]
@@ -101,10 +102,19 @@ class Slow:
     idx_queue: Tensor
     momentum: float = 0.995
 
+    def to(self, device: torch.device | str) -> Slow:
+        """Move everything to ``device``."""
+        for copied in self.copies.values():
+            copied.to(device)
+        for name in ("image_queue", "text_queue", "idx_queue"):
+            setattr(self, name, getattr(self, name).to(device))
+        return self
+
     @torch.no_grad()
     def update(self, model: Any) -> None:
         """Move every copy towards the model, as each forward of the original does."""
         for name, copied in self.copies.items():
+            copied.train(model.training)
             own = model.get_submodule(_COPIED[name])
             for slow, fast in zip(copied.parameters(), own.parameters(), strict=True):
                 slow.mul_(self.momentum).add_(fast, alpha=1 - self.momentum)
@@ -148,7 +158,7 @@ def make_slow(
                     f"{start}{key} is {list(value.shape)}, expected {list(known[key].shape)}"
                 )
         copied.load_state_dict({key: value for key, value in found.items() if key in known}, False)
-        copies[name] = copied.eval() if not model.training else copied
+        copies[name] = copied
     size = model.config.embed_dim
     if queue_size:
         image_queue, text_queue = (
