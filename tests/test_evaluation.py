@@ -231,6 +231,11 @@ def test_bad_input_is_an_error_that_says_what_to_do(tmp_path, place):
     with pytest.raises(ValueError, match="needs a matching head"):
         evaluate(headless, same, dataset, k_test=3)
     with torch.no_grad():
+        model.itm_head.bias[1] = float("nan")
+    evaluate(model, processor, dataset)
+    with pytest.raises(ValueError, match="the matching head's row 0 has a score that is NaN"):
+        evaluate(model, processor, dataset, k_test=2)
+    with torch.no_grad():
         model.text_proj.bias[0] = float("nan")
     with pytest.raises(ValueError, match="query number 0 has a score that is NaN"):
         evaluate(model, processor, dataset)

@@ -13,7 +13,7 @@ from support.retrieval_sets import model_and_processor, read, restated_tables, w
 from bagformer import BagFormerProcessor
 from bagformer.evaluation import evaluate, run
 from bagformer.evaluation.sets import SetFiles, read_set
-from bagformer.evaluation.tables import descending
+from bagformer.evaluation.tables import descending, table_ranks
 
 KINDS, SHORT = ("recall", "rank", "merge"), {"text_to_image": "t2i", "image_to_text": "i2t"}
 CASES = {
@@ -149,6 +149,21 @@ def test_equal_scores_are_ordered_as_numpy_1_24_ordered_them():
     assert descending(row).tolist() == RECORDED_ORDER
     short = np.array([1, 3, 3, 2, 3, 1], dtype=np.float32)
     assert descending(short).tolist() == [4, 2, 1, 3, 5, 0]
+
+
+@pytest.mark.parametrize("levels, items", [(2, 30), (4, 50), (9, 9), (1000, 40)])
+def test_ranks_are_those_of_whole_sorted_rows(levels, items):
+    maker = torch.Generator().manual_seed(levels)
+    scores = torch.randint(0, levels, (60, items), generator=maker).float()
+    relevant = [torch.randperm(items, generator=maker)[: n % 4].tolist() for n in range(60)]
+    ranks, best = table_ranks(scores, relevant, 10)
+    for row, wanted, rank, first in zip(
+        scores.numpy(), relevant, ranks.tolist(), best.tolist(), strict=True
+    ):
+        order = descending(row).tolist()
+        exact = min((order.index(item) for item in wanted), default=-1)
+        assert first == order[:10]
+        assert rank == exact if exact < 10 else rank >= 10
 
 
 def _golden_cases(golden):

@@ -187,7 +187,10 @@ def _match(
             batch_size=PAIRS_AT_ONCE.get(texts.embeds.device.type, PAIRS_ON_GPU),
             progress=bar.update,
         )
-    return {direction: logits.of(*pair) for direction, pair in pairs.items()}
+    found = {direction: logits.of(*pair) for direction, pair in pairs.items()}
+    for direction, values in found.items():
+        check_numbers(values, f"{direction}: the matching head's row")
+    return found
 
 
 Found = tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]

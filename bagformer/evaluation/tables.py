@@ -21,20 +21,37 @@ def descending(row: np.ndarray) -> np.ndarray:
     return np.argsort(row.astype(np.longdouble))[::-1]
 
 
+def _rank(row: np.ndarray, wanted: Collection[int], order: np.ndarray | None, listed: int) -> int:
+    """Rank of the best of ``wanted``; from ``listed`` on, equal scores are not told apart."""
+    ranks = []
+    for item in wanted:
+        rank = int((row > row[item]).sum())
+        if rank < listed and int((row == row[item]).sum()) > 1:
+            order = descending(row) if order is None else order
+            rank = int(np.flatnonzero(order == item)[0])
+        ranks.append(rank)
+    return min(ranks)
+
+
 def table_ranks(
     scores: Tensor, relevant: Sequence[Collection[int]], listed: int
 ) -> tuple[Tensor, Tensor]:
     """Rank, from 0, of each row's best relevant item (-1: it has none), and the first ``listed``
-    items of each row: int64 ``[rows]`` and ``[rows, listed]``."""
+    items of each row: int64 ``[rows]`` and ``[rows, listed]``.
+
+    Ranks are exact below ``listed`` and at least ``listed`` beyond. Whole rows are sorted only
+    where equal scores make the order of the first ones depend on it.
+    """
     ranks = torch.full((len(scores),), -1, dtype=torch.int64)
-    best = torch.empty(len(scores), min(listed, scores.shape[1]), dtype=torch.int64)
-    places = np.empty(scores.shape[1], dtype=np.int64)
+    top = scores.topk(min(listed + 1, scores.shape[1]), dim=1)
+    best = top.indices[:, :listed].clone()
+    tied = (top.values[:, :-1] == top.values[:, 1:]).any(dim=1).tolist()
     for number, (row, wanted) in enumerate(zip(scores.numpy(), relevant, strict=True)):
-        order = descending(row)
-        best[number] = torch.from_numpy(order[: best.shape[1]].copy())
+        order = descending(row) if tied[number] else None
+        if order is not None:
+            best[number] = torch.from_numpy(order[:listed].copy())
         if wanted:
-            places[order] = np.arange(len(order))
-            ranks[number] = int(places[list(wanted)].min())
+            ranks[number] = _rank(row, wanted, order, listed)
     return ranks, best
 
 
