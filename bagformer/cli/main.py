@@ -17,6 +17,8 @@ VERBS = {
     "demo": "rank the shipped pictures (or yours) for Chinese queries and write a page about it",
     "segment": "cut texts into bags",
     "score": "score texts against pictures, both ways",
+    "evaluate": "measure recall, re-rank, and write predictions for a leaderboard",
+    "train-muge": "evaluate a checkpoint with the flags and files of the original's train_muge.py",
     "convert": "turn a checkpoint of the original code into a model folder",
     "data": "build or check a data set in MUGE's format",
     "doctor": "say what is installed and what each operator would run on",
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
     for verb, summary in VERBS.items():
-        module = importlib.import_module(f"bagformer.cli.{verb}")
+        module = importlib.import_module(f"bagformer.cli.{verb.replace('-', '_')}")
         described = argparse.RawDescriptionHelpFormatter
         sub = verbs.add_parser(
             verb,

@@ -1,0 +1,1 @@
+"""Training on pairs of texts and pictures: configuration, data, loop, checkpoints, log."""
