@@ -18,6 +18,8 @@ VERBS = {
     "segment": "cut texts into bags",
     "score": "score texts against pictures, both ways",
     "convert": "turn a checkpoint of the original code into a model folder",
+    "train": "train a model on your own texts and pictures",
+    "plot-log": "draw the curves of training logs",
     "data": "build or check a data set in MUGE's format",
     "doctor": "say what is installed and what each operator would run on",
 }
@@ -54,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_Parser)
     for verb, summary in VERBS.items():
-        module = importlib.import_module(f"bagformer.cli.{verb}")
+        module = importlib.import_module(f"bagformer.cli.{verb.replace('-', '_')}")
         described = argparse.RawDescriptionHelpFormatter
         sub = verbs.add_parser(
             verb,

@@ -1,0 +1,57 @@
+"""A batch encoded in pieces: the loss of the whole batch at the memory of one piece."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from bagformer.training.config import ConfigError
+from bagformer.training.step import TrainStep
+
+_TEXT_KEYS = ("input_ids", "attention_mask", "bag_offsets", "bag_mask")
+
+
+def cached_losses(
+    step: TrainStep, inputs: dict[str, Tensor], positives: Tensor, size: int, scale: float
+) -> dict[str, Tensor]:
+    """As a :class:`TrainStep` gives them; ``scale`` times the gradient is added to ``.grad``.
+
+    Raises ConfigError with a matching head: its pairs need whole encoder outputs.
+    """
+    from bagformer.training.gradient_cache import cached_step
+
+    if "itm" in step.weights:
+        raise ConfigError(
+            "mini_batch: the matching loss cannot be computed in pieces; set loss.itm to 0 or "
+            "model.use_itm_head to false"
+        )
+    model, device = step.model, positives.device
+    found: dict[str, Tensor] = {}
+
+    def encode_text(chunk: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        with step.autocast(device):
+            text = model.get_text_features(*(chunk.get(key) for key in _TEXT_KEYS))
+        # the CLS vector travels as one more bag in front
+        features = torch.cat([text.text_cls[:, None], text.text_features], dim=1)
+        mask = torch.cat([torch.ones_like(text.text_mask[:, :1]), text.text_mask], dim=1)
+        return features, mask
+
+    def encode_image(chunk: Tensor) -> Tensor:
+        with step.autocast(device):
+            return model.get_image_features(chunk).image_features
+
+    def loss(text: Tensor, image: Tensor, text_mask: Tensor) -> Tensor:
+        losses, _, accuracy = step.contrast(
+            text[:, 1:], text_mask[:, 1:], text[:, 0], image, positives
+        )
+        totals = step.total(losses)
+        found.update(totals, loss=totals["loss"].detach(), accuracy=accuracy)
+        return totals["loss"] * scale
+
+    texts = {key: inputs[key].split(size) for key in _TEXT_KEYS if key in inputs}
+    count = len(inputs["input_ids"].split(size))
+    text_chunks: list[Any] = [{key: parts[i] for key, parts in texts.items()} for i in range(count)]
+    cached_step(encode_text, encode_image, text_chunks, inputs["pixel_values"].split(size), loss)
+    return found
