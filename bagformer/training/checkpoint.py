@@ -23,6 +23,7 @@ from torch import Tensor
 from bagformer.training.packing import pack, to_cpu, unpack
 
 FOLDER, LAST, BEST = "checkpoints", "last", "best"
+MODEL = "model.safetensors"
 STATE, OPTIMIZER, LEARNING = "state.json", "optimizer.safetensors", "learning.safetensors"
 _DRAFT, _TRASH = ".draft-", ".trash-"
 
@@ -54,6 +55,13 @@ def _sync_tree(folder: Path) -> None:
     for path in sorted(folder.rglob("*"), reverse=True):
         _sync(path)
     _sync(folder)
+
+
+def write_model(model: Any, folder: Path) -> None:
+    """Weights and configuration, as ``from_pretrained`` reads them; the weights bit for bit."""
+    save_file(to_cpu(model.state_dict()), folder / MODEL, metadata={"format": "pt"})
+    model.config.architectures = [type(model).__name__]
+    model.config.save_pretrained(folder)
 
 
 def write_snapshot(folder: Path, snapshot: Snapshot) -> None:

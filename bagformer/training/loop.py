@@ -21,7 +21,8 @@ from torch.nn.parallel import DistributedDataParallel
 from bagformer.training import data, log, seeds
 from bagformer.training.build import build
 from bagformer.training.cached import cached_losses
-from bagformer.training.checkpoint import LAST, Checkpoints, Snapshot, read_snapshot
+from bagformer.training.checkpoint import LAST, MODEL, Checkpoints, Snapshot
+from bagformer.training.checkpoint import read_snapshot, write_model
 from bagformer.training.config import FREE, ConfigError, TrainConfig
 from bagformer.training.config_file import dump, to_dict
 from bagformer.training.distributed import Place, average_gradients, finish, start
@@ -120,7 +121,7 @@ class Trainer:
     def _resume(self, last: Path) -> None:
         snapshot = read_snapshot(last)
         self._check_same(snapshot.run, last)
-        weights = load_file(last / "model.safetensors")
+        weights = load_file(last / MODEL)
         self.averaged.load_state_dict(weights)
         if snapshot.learning is not None:
             self.model.load_state_dict(snapshot.learning)
@@ -254,7 +255,7 @@ class Trainer:
             with self.wrapped.no_sync() if hold else nullcontext():
                 found = self.wrapped(inputs, positives)
                 (found["loss"] * scale).backward()
-        values = {name: float(value) for name, value in found.items()}
+        values = {name: float(value.detach()) for name, value in found.items()}
         values["broken_pictures"] = float(batch["replaced"])
         tokens = int(batch["inputs"]["attention_mask"].sum())
         self.meter.spent(got - begun, time.perf_counter() - got, len(batch["ids"]), tokens)
@@ -347,7 +348,7 @@ class Trainer:
         self.place.wait()
 
     def _write_model(self, folder: Path) -> None:
-        self.averaged.save_pretrained(folder)
+        write_model(self.averaged, folder)
         self.processor.save_pretrained(folder)
 
 
