@@ -1,0 +1,105 @@
+"""Several processes against one: the loss and every gradient, in float64 over gloo."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.loss_worlds import Case, batches, in_processes, model_step, step, together
+
+from bagformer import BagwiseContrastiveLoss
+
+SOFTMAX = {"temperature": "learn"}
+SIGMOID = {"objective": "sigmoid", "temperature": "learn", "reduction": "mean"}
+TWO = [
+    Case((3, 2), (3, 2), (4, 6), SOFTMAX),
+    Case((3, 2), (3, 2), (4, 6), SIGMOID),
+    Case((3, 2), (3, 2), (4, 6), SOFTMAX | {"mask_mode": "zero"}, "ids"),
+    Case((2, 2), (2, 2), (4, 4), SIGMOID | {"mask_mode": "zero"}, "ids", masked=False),
+    Case((2, 4), (3, 2), (5, 4), SOFTMAX | {"reduction": "mean"}, "positives"),
+    Case((2, 4), (3, 2), (5, 4), SIGMOID, "positives"),
+    Case((2, 2), (2, 2), (4, 4), {"directions": "text_to_image", "temperature": 0.5}, masked=False),
+    Case((1, 3), (1, 3), (2, 4), SIGMOID | {"directions": "image_to_text"}),
+]
+THREE = [
+    Case((3, 1, 2), (3, 1, 2), (4, 6, 2), SOFTMAX, "ids"),
+    Case((2, 2, 1), (1, 2, 3), (3, 3, 4), SIGMOID, "positives"),
+]
+
+
+@pytest.fixture(scope="module")
+def two():
+    return in_processes(2, TWO, ("none", "local", "ring"))
+
+
+@pytest.fixture(scope="module")
+def three():
+    return in_processes(3, THREE, ("ring",))
+
+
+def close(found, wanted):
+    assert found.abs().sum() > 0
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def compare(worlds, case, key):
+    world = len(worlds)
+    whole = together(case)
+    truth = step(case, whole, "none")
+    # the features' gradients are world times the truth, for DistributedDataParallel's mean
+    sizes = {"text": case.texts, "image": case.images}
+    parts = {name: (truth[name] * world).split(sizes[name]) for name in sizes}
+    for rank, found in enumerate(worlds):
+        mine = found[key]
+        assert mine.keys() == truth.keys()
+        for name in mine.keys() - sizes.keys():
+            close(mine[name], truth[name])
+        close(mine["image"], parts["image"][rank])
+        close(mine["text"], parts["text"][rank][:, : case.bags[rank]])
+        assert not parts["text"][rank][:, case.bags[rank] :].any()
+        model = found[f"{key} model"]
+        for name, value in model_step(case, whole, "none", False).items():
+            close(model[name], value)
+
+
+@pytest.mark.parametrize("number", range(len(TWO)))
+@pytest.mark.parametrize("gather", ["local", "ring"])
+def test_two_processes_are_one(two, gather, number):
+    compare(two, TWO[number], f"{gather} {number}")
+
+
+@pytest.mark.parametrize("number", range(len(THREE)))
+def test_three_processes_are_one(three, number):
+    compare(three, THREE[number], f"ring {number}")
+
+
+@pytest.mark.parametrize("number", [n for n, case in enumerate(TWO) if not case.labels])
+def test_without_gathering_the_model_gets_the_mean_of_the_processes(two, number):
+    case = TWO[number]
+    alone = []
+    for rank in range(2):
+        batch = batches(case)[rank]
+        for name, value in step(case, batch, "none").items():
+            close(two[rank][f"none {number}"][name], value)
+        alone.append(model_step(case, batch, "none", False))
+    for found in two:
+        model = found[f"none {number} model"]
+        for name in model.keys() - {"loss"}:
+            close(model[name], (alone[0][name] + alone[1][name]) / 2)
+
+
+@pytest.mark.parametrize("gather", ["local", "ring"])
+def test_bad_arguments_of_one_process_stop_all(two, gather):
+    first, second = (found[f"{gather} refusal"].split("\n") for found in two)
+    assert first[:2] == ["RuntimeError: process 1 refused its arguments to the loss"] * 2
+    assert second[0].endswith("expected as many texts as images, got 1 and 2")
+    assert second[1] == "ValueError: positives must be [2, 4], got [2, 3]"
+    assert first[2] == second[2]
+    assert "every process must bring the same feature size, got [4, 3]" in first[2]
+    assert first[3] == second[3]
+    assert "no True in row 3 (number 1 of process 1)" in first[3]
+
+
+@pytest.mark.parametrize("gather", ["local", "ring"])
+def test_gathering_needs_processes(gather):
+    with pytest.raises(RuntimeError, match=f"gather='{gather}' needs torch.distributed.*'none'"):
+        BagwiseContrastiveLoss(gather=gather)(torch.ones(2, 3, 4), torch.ones(2, 5, 4))
