@@ -11,8 +11,6 @@ import torch
 from safetensors.torch import load_file
 from support import training, world
 
-from bagformer.training.config import ConfigError
-
 KILLS = 20
 
 

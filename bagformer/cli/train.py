@@ -43,7 +43,8 @@ def _print(result: dict[str, Any]) -> None:
     ended = "stopped by a signal" if result["stopped"] else "done"
     print(f"{ended} at step {result['step']}; the model is {result['model']}")
     if result["best"]["value"] is not None:
-        print(f"best: {result['metric']} {result['best']['value']:.2f}, step {result['best']['step']}")
+        best = result["best"]
+        print(f"best: {result['metric']} {best['value']:.2f}, step {best['step']}")
 
 
 def run(args: argparse.Namespace) -> int:

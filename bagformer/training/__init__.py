@@ -1,1 +1,1 @@
-"""Training on pairs of texts and pictures: configuration, data, optimiser, loop, checkpoints, log."""
+"""Training on pairs of texts and pictures: configuration, data, loop, checkpoints, log."""

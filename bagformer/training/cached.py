@@ -14,9 +14,14 @@ _TEXT_KEYS = ("input_ids", "attention_mask", "bag_offsets", "bag_mask")
 
 
 def cached_losses(
-    step: TrainStep, inputs: dict[str, Tensor], positives: Tensor, size: int, scale: float
+    step: TrainStep,
+    inputs: dict[str, Tensor],
+    positives: tuple[Tensor, Tensor | None],
+    size: int,
+    scale: float,
 ) -> dict[str, Tensor]:
-    """As a :class:`TrainStep` gives them; ``scale`` times the gradient is added to ``.grad``.
+    """As a :class:`TrainStep` gives them for ``positives`` (own and wide); ``scale`` times the
+    gradient is added to ``.grad``.
 
     Raises ConfigError with a matching head: its pairs need whole encoder outputs.
     """
@@ -27,7 +32,7 @@ def cached_losses(
             "mini_batch: the matching loss cannot be computed in pieces; set loss.itm to 0 or "
             "model.use_itm_head to false"
         )
-    model, device = step.model, positives.device
+    model, device = step.model, positives[0].device
     found: dict[str, Tensor] = {}
 
     def encode_text(chunk: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
@@ -44,7 +49,7 @@ def cached_losses(
 
     def loss(text: Tensor, image: Tensor, text_mask: Tensor) -> Tensor:
         losses, _, accuracy = step.contrast(
-            text[:, 1:], text_mask[:, 1:], text[:, 0], image, positives
+            text[:, 1:], text_mask[:, 1:], text[:, 0], image, *positives
         )
         totals = step.total(losses)
         found.update(totals, loss=totals["loss"].detach(), accuracy=accuracy)

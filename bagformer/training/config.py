@@ -192,8 +192,24 @@ class TrainConfig:
 
 
 # Keys that a resumed run may change: they decide how it is run, not what it computes.
-FREE = ("output", "folder", "data", "valid", "checkpoint", "log", "device", "workers")
-FREE += ("start_method", "threads", "processor", "steps", "epochs", "gradient_checkpointing")
+FREE = frozenset(
+    [
+        "output",
+        "folder",
+        "data",
+        "valid",
+        "checkpoint",
+        "log",
+        "device",
+        "workers",
+        "start_method",
+        "threads",
+        "processor",
+        "steps",
+        "epochs",
+        "gradient_checkpointing",
+    ]
+)
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": PRECISIONS,
@@ -204,11 +220,35 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "loss.gather": GATHERS,
     "data.on_error": ("raise", "skip"),
 }
-_POSITIVE = ("batch_size", "mini_batch", "accumulate", "steps", "epochs", "clip", "threads")
-_POSITIVE += ("valid.every", "valid.batch_size", "checkpoint.every", "checkpoint.keep", "log.every")
-_NOT_NEGATIVE = ("workers", "seed", "optim.lr", "optim.weight_decay", "schedule.warmup")
-_NOT_NEGATIVE += ("schedule.warmup_lr", "schedule.min_lr", "loss.twc", "loss.ita", "loss.itm")
-_NOT_NEGATIVE += ("augment.rand_augment.ops", "augment.rand_augment.magnitude", "valid.k_test")
+_POSITIVE = [
+    "batch_size",
+    "mini_batch",
+    "accumulate",
+    "steps",
+    "epochs",
+    "clip",
+    "threads",
+    "valid.every",
+    "valid.batch_size",
+    "checkpoint.every",
+    "checkpoint.keep",
+    "log.every",
+]
+_NOT_NEGATIVE = [
+    "workers",
+    "seed",
+    "optim.lr",
+    "optim.weight_decay",
+    "schedule.warmup",
+    "schedule.warmup_lr",
+    "schedule.min_lr",
+    "loss.twc",
+    "loss.ita",
+    "loss.itm",
+    "augment.rand_augment.ops",
+    "augment.rand_augment.magnitude",
+    "valid.k_test",
+]
 _SHARES = ("augment.flip", "augment.rand_augment.probability")
 
 

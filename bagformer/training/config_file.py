@@ -115,9 +115,7 @@ class _Builder:
             if key not in hints:
                 near = get_close_matches(str(key), hints, n=1, cutoff=0.0)
                 self.fail((*path, str(key)), f"unknown key, the nearest known one is {near[0]!r}")
-        values = {
-            key: self.convert(hints[key], value, (*path, key)) for key, value in tree.items()
-        }
+        values = {key: self.convert(hints[key], value, (*path, key)) for key, value in tree.items()}
         return kind(**values)
 
     def convert(self, hint: Any, value: Any, path: tuple[str, ...]) -> Any:

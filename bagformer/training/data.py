@@ -1,4 +1,4 @@
-"""The input pipeline: pairs of MUGE files, augmented, tokenised and cut into bags in the workers."""
+"""The input pipeline: pairs of MUGE files, augmented, tokenised and cut into bags by workers."""
 
 from __future__ import annotations
 

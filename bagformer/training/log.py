@@ -59,7 +59,7 @@ class Meter:
         return {name: value / max(1, self.count) for name, value in self.sums.items()}
 
     def speed(self) -> dict[str, float]:
-        """Pictures and tokens a second, and seconds of an update: waiting for data, and the rest."""
+        """Pictures and tokens a second, and seconds a batch: waiting for data, and the rest."""
         total, updates = max(self.data_s + self.step_s, 1e-9), max(1, self.timed)
         return {
             "pictures_per_s": round(self.pictures / total, 1),

@@ -15,17 +15,23 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from timm.utils import ModelEmaV3
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from bagformer.training import data, log, seeds
 from bagformer.training.build import build
 from bagformer.training.cached import cached_losses
-from bagformer.training.checkpoint import LAST, MODEL, Checkpoints, Snapshot
-from bagformer.training.checkpoint import read_snapshot, write_model
+from bagformer.training.checkpoint import (
+    LAST,
+    MODEL,
+    Checkpoints,
+    Snapshot,
+    read_snapshot,
+    write_model,
+)
 from bagformer.training.config import FREE, ConfigError, TrainConfig
 from bagformer.training.config_file import dump, to_dict
-from bagformer.training.distributed import Place, average_gradients, finish, start
+from bagformer.training.distributed import Place, average_gradients, finish, gather_numbers, start
 from bagformer.training.optim import Schedule, freeze, make_optimizer, train_mode
 from bagformer.training.step import TrainStep, active_losses, freeze_unreached
 from bagformer.training.validate import Validate, make_validate, metric_of
@@ -62,7 +68,8 @@ class Trainer:
         self._open_data(validate, progress)
         self._prepare_model()
         self.meter = log.Meter()
-        self.step, self.best = 0, {"value": None, "step": None}
+        self.step = 0
+        self.best: dict[str, Any] = {"value": None, "step": None}
         self._stop = False
         if last is not None:
             self._resume(last)
@@ -94,7 +101,7 @@ class Trainer:
 
     def _prepare_model(self) -> None:
         config, model, place = self.config, self.model, self.place
-        model.to(place.device)
+        model.to(place.device)  # type: ignore[arg-type]
         freeze(model, config.freeze)
         freeze_unreached(model, active_losses(model, config.loss))
         if config.gradient_checkpointing:
@@ -244,16 +251,16 @@ class Trainer:
         got = time.perf_counter()
         device = self.place.device
         inputs = {k: v.to(device, non_blocking=True) for k, v in batch["inputs"].items()}
-        positives = self._positives(batch).to(device)
+        positives, wide = self._positives(batch)
         scale = 1 / self.config.accumulate
         if self.config.mini_batch is not None:
             found = cached_losses(
-                self.plain_step, inputs, positives, self.config.mini_batch, scale
+                self.plain_step, inputs, (positives, wide), self.config.mini_batch, scale
             )
         else:
             hold = self.wrapped is not self.plain_step and not last
             with self.wrapped.no_sync() if hold else nullcontext():
-                found = self.wrapped(inputs, positives)
+                found = self.wrapped(inputs, positives, wide)
                 (found["loss"] * scale).backward()
         values = {name: float(value.detach()) for name, value in found.items()}
         values["broken_pictures"] = float(batch["replaced"])
@@ -261,10 +268,19 @@ class Trainer:
         self.meter.spent(got - begun, time.perf_counter() - got, len(batch["ids"]), tokens)
         return values, batch
 
-    def _positives(self, batch: Any) -> torch.Tensor:
-        if self.config.loss.positives == "pair":
-            return torch.eye(len(batch["ids"]), dtype=torch.bool)
-        return self.relations.positives(batch["text_numbers"], batch["item_rows"])
+    def _positives(self, batch: Any) -> tuple[Tensor, Tensor | None]:
+        """Which pictures of this batch, and with ``gather`` of all processes, suit its texts."""
+        place, size = self.place, len(batch["ids"])
+        rows, options = batch["item_rows"], self.config.loss
+        gathered = place.world > 1 and options.gather != "none"
+        if options.positives == "pair":
+            wide = torch.eye(place.world * size, dtype=torch.bool)[place.rank * size :][:size]
+        else:
+            everyone = gather_numbers(rows.to(place.device), place.world) if gathered else rows
+            wide = self.relations.positives(batch["text_numbers"], everyone.cpu())
+        first = place.rank * size if wide.shape[1] > size else 0
+        own = wide[:, first : first + size].contiguous().to(place.device)
+        return own, wide.to(place.device) if gathered else None
 
     def _check_finite(self, batches: list[Any], norm: float) -> None:
         bad = [(found, ids) for found, ids in batches if not math.isfinite(found["loss"])]
@@ -330,8 +346,8 @@ class Trainer:
             improved = self.best["value"] is None or value > self.best["value"]
             if improved:
                 self.best = {"value": value, "step": self.step}
-        self.place.wait()
-        return improved
+        # every process has to know, because all of them meet where a checkpoint is saved
+        return self.place.mean({"improved": float(improved)})["improved"] > 0
 
     def _save(self, best: bool) -> None:
         if self.place.first:

@@ -94,7 +94,9 @@ class Schedule:
         length = -(-total // per_epoch) if self.original else total
         if self.original:
             extra.setdefault("warmup_prefix", True)
-        unit = {} if self.original else {"step_on_epochs": False, "updates_per_epoch": 1}
+        unit: dict[str, Any] = (
+            {} if self.original else {"step_on_epochs": False, "updates_per_epoch": 1}
+        )
         try:
             self.scheduler, _ = create_scheduler_v2(
                 optimizer,

@@ -52,15 +52,24 @@ class TrainStep(nn.Module):
         super().__init__()
         self.model, self.options, self.precision = model, options, precision
         self.weights = active_losses(model, options)
+        if model.twc_loss is not None:
+            # in the loss itself, so that what calls it need not know
+            model.twc_loss.gather = options.gather
 
     def autocast(self, device: torch.device) -> Any:
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(device.type, dtype=torch.bfloat16)
 
-    def forward(self, inputs: dict[str, Tensor], positives: Tensor) -> dict[str, Tensor]:
+    def forward(
+        self, inputs: dict[str, Tensor], positives: Tensor, wide: Tensor | None = None
+    ) -> dict[str, Tensor]:
         """``loss``, the weighted sum, and detached ``loss_twc``, ``loss_ita``, ``loss_itm`` as far
-        as they are there, and ``accuracy``. ``positives [B, B]`` bool."""
+        as they are there, and ``accuracy``.
+
+        ``positives [B, B]`` bool; with ``gather`` also ``wide [B, world * B]``, for the pictures of
+        all processes.
+        """
         with self.autocast(positives.device):
             text = self.model.get_text_features(
                 *(inputs.get(k) for k in ("input_ids", "attention_mask", "bag_offsets", "bag_mask"))
@@ -72,6 +81,7 @@ class TrainStep(nn.Module):
             text.text_cls,
             image.image_features,
             positives,
+            wide,
         )
         if "itm" in self.weights:
             hard = logits if self.model.config.hard_negatives else None
@@ -94,10 +104,17 @@ class TrainStep(nn.Module):
         return {"loss": sum(parts[1:], parts[0]), **found}
 
     def contrast(
-        self, text: Tensor, text_mask: Tensor, text_cls: Tensor, image: Tensor, positives: Tensor
+        self,
+        text: Tensor,
+        text_mask: Tensor,
+        text_cls: Tensor,
+        image: Tensor,
+        positives: Tensor,
+        wide_positives: Tensor | None = None,
     ) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Losses of features ``[B, N, D]`` and ``[B, P, D]``, the logits of the CLS tokens, and the
-        share of the texts whose best picture is a right one."""
+        share of the texts whose best picture of this batch is a right one (by the CLS tokens with
+        ``gather``, which has no scores of this batch alone)."""
         model = self.model
         wide = accumulation_dtype(text.dtype)
         text, text_cls, image = text.to(wide), text_cls.to(wide), image.to(wide)
@@ -109,7 +126,9 @@ class TrainStep(nn.Module):
                 + multi_positive_cross_entropy(logits.t(), positives.t())
             )
         ranked = logits
-        if "twc" in self.weights:
+        if "twc" in self.weights and wide_positives is not None:
+            losses["twc"] = model.twc_loss(text, image, text_mask, positives=wide_positives)
+        elif "twc" in self.weights:
             scores = maxsim(
                 text,
                 image,
