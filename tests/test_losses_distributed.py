@@ -27,13 +27,8 @@ THREE = [
 
 
 @pytest.fixture(scope="module")
-def two():
-    return in_processes(2, TWO, ("none", "local", "ring"))
-
-
-@pytest.fixture(scope="module")
-def three():
-    return in_processes(3, THREE, ("ring",))
+def worlds():
+    return in_processes(TWO, THREE)
 
 
 def close(found, wanted):
@@ -44,7 +39,7 @@ def close(found, wanted):
 def compare(worlds, case, key):
     world = len(worlds)
     whole = together(case)
-    truth = step(case, whole, "none")
+    truth = step(case, whole)
     # the features' gradients are world times the truth, for DistributedDataParallel's mean
     sizes = {"text": case.texts, "image": case.images}
     parts = {name: (truth[name] * world).split(sizes[name]) for name in sizes}
@@ -57,39 +52,39 @@ def compare(worlds, case, key):
         close(mine["text"], parts["text"][rank][:, : case.bags[rank]])
         assert not parts["text"][rank][:, case.bags[rank] :].any()
         model = found[f"{key} model"]
-        for name, value in model_step(case, whole, "none", False).items():
+        for name, value in model_step(case, whole).items():
             close(model[name], value)
 
 
 @pytest.mark.parametrize("number", range(len(TWO)))
 @pytest.mark.parametrize("gather", ["local", "ring"])
-def test_two_processes_are_one(two, gather, number):
-    compare(two, TWO[number], f"{gather} {number}")
+def test_two_processes_are_one(worlds, gather, number):
+    compare([found["two"] for found in worlds[:2]], TWO[number], f"{gather} {number}")
 
 
 @pytest.mark.parametrize("number", range(len(THREE)))
-def test_three_processes_are_one(three, number):
-    compare(three, THREE[number], f"ring {number}")
+def test_three_processes_are_one(worlds, number):
+    compare([found["three"] for found in worlds], THREE[number], f"ring {number}")
 
 
 @pytest.mark.parametrize("number", [n for n, case in enumerate(TWO) if not case.labels])
-def test_without_gathering_the_model_gets_the_mean_of_the_processes(two, number):
+def test_without_gathering_the_model_gets_the_mean_of_the_processes(worlds, number):
     case = TWO[number]
     alone = []
     for rank in range(2):
         batch = batches(case)[rank]
-        for name, value in step(case, batch, "none").items():
-            close(two[rank][f"none {number}"][name], value)
-        alone.append(model_step(case, batch, "none", False))
-    for found in two:
-        model = found[f"none {number} model"]
+        for name, value in step(case, batch).items():
+            close(worlds[rank]["two"][f"none {number}"][name], value)
+        alone.append(model_step(case, batch))
+    for found in worlds[:2]:
+        model = found["two"][f"none {number} model"]
         for name in model.keys() - {"loss"}:
             close(model[name], (alone[0][name] + alone[1][name]) / 2)
 
 
 @pytest.mark.parametrize("gather", ["local", "ring"])
-def test_bad_arguments_of_one_process_stop_all(two, gather):
-    first, second = (found[f"{gather} refusal"].split("\n") for found in two)
+def test_bad_arguments_of_one_process_stop_all(worlds, gather):
+    first, second = (found["refusals"][gather].split("\n") for found in worlds[:2])
     assert first[:2] == ["RuntimeError: process 1 refused its arguments to the loss"] * 2
     assert second[0].endswith("expected as many texts as images, got 1 and 2")
     assert second[1] == "ValueError: positives must be [2, 4], got [2, 3]"

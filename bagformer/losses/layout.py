@@ -133,6 +133,15 @@ def _check_width(sides: Sides, layout: Layout) -> None:
         raise RuntimeError(f"process {refused.index(1)} refused its arguments to the loss")
 
 
+def own_columns(positives: Tensor, images: int, group: Any) -> Tensor:
+    """The columns of this process's ``images`` in ``positives [Nt, images of all processes]``."""
+    wire = torch.tensor([images], device=_wire(group))
+    counts = gather_equal(wire, dist.get_world_size(group), group).flatten().tolist()
+    check_positives_shape(positives, (len(positives), sum(counts)))
+    start = sum(counts[: dist.get_rank(group)])
+    return positives[:, start : start + images]
+
+
 class Targets:
     """Which texts of all processes are positives of this process's images.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +13,15 @@ from transformers import PreTrainedModel
 from transformers import initialization as init
 from transformers.utils import ModelOutput
 
-from bagformer.losses import BagwiseContrastiveLoss, check_positives, multi_positive_cross_entropy
-from bagformer.models.configuration_bagformer import BagFormerConfig
-from bagformer.models.fusion import draw_negatives, given_negatives, match
+from bagformer.losses import GATHERS, BagwiseContrastiveLoss
+from bagformer.models.configuration_bagformer import BagFormerConfig, choose
 from bagformer.models.inputs import check_texts
 from bagformer.models.text import TextEncoder
+from bagformer.models.total_loss import Labels, add_losses
 from bagformer.models.vision import VisionEncoder
 from bagformer.ops.bag_pool import bag_pool
 from bagformer.ops.l2_normalize import l2_normalize
 from bagformer.ops.maxsim import maxsim
-from bagformer.reference import accumulation_dtype
 
 # Range of the learned temperature of the loss on CLS tokens.
 CLS_TEMPERATURE_RANGE = (0.05, 0.5)
@@ -54,9 +54,9 @@ class BagFormerImageOutput(ModelOutput):
 @dataclass
 class BagFormerOutput(ModelOutput):
     """Scores ``text_to_image [Nt, Ni]`` and ``image_to_text [Ni, Nt]`` (raw, no temperature), all
-    features, and, only where asked for, the losses: ``loss`` is the sum of the others. ``itm_logits
-    [B + n_t + n_i, 2]`` with ``itm_labels``: right pairs, each text with a wrong image, each image
-    with a wrong text; column 1 = match."""
+    features, and, only where asked for, the losses: ``loss`` is the weighted sum of the others.
+    ``itm_logits [B + n_t + n_i, 2]`` with ``itm_labels``: right pairs, each text with a wrong
+    image, each image with a wrong text; column 1 = match."""
 
     loss: Tensor | None = None
     loss_twc: Tensor | None = None
@@ -268,6 +268,7 @@ class BagFormerForRetrieval(BagFormerModel):
         if config.use_itm_head:
             self.itm_head = nn.Linear(config.text_config.hidden_size, 2)
         self.temp = nn.Parameter(torch.tensor(float(config.cls_temperature)))
+        self.loss_gather, self.loss_group = "none", None
         self.twc_loss: BagwiseContrastiveLoss | None = None
         if config.interaction != "cls_token":
             self.twc_loss = BagwiseContrastiveLoss(
@@ -275,6 +276,15 @@ class BagFormerForRetrieval(BagFormerModel):
                 reduction=config.reduction,
                 temperature=config.temperature,
             )
+
+    def gather_losses(self, gather: str, process_group: Any = None) -> None:
+        """Take the negatives of ``loss_twc`` and ``loss_ita`` from all processes.
+
+        ``gather``: ``none``, ``local`` or ``ring``, as in ``BagwiseContrastiveLoss``; under it
+        ``positives`` is ``[B, images of all processes]``. Matching negatives stay within a process.
+        """
+        choose("gather", gather, GATHERS)
+        self.loss_gather, self.loss_group = gather, process_group
 
     def cls_temperature(self) -> Tensor:
         """The temperature of the loss on CLS tokens, kept inside ``CLS_TEMPERATURE_RANGE``.
@@ -312,60 +322,24 @@ class BagFormerForRetrieval(BagFormerModel):
         positives: Tensor | None = None,
         return_loss: bool = False,
         itm_negatives: tuple[Tensor, Tensor] | None = None,
+        text_ids: Tensor | None = None,
+        image_ids: Tensor | None = None,
+        loss_weights: Mapping[str, float] | None = None,
     ) -> BagFormerOutput:
         """As :class:`BagFormerModel`, with losses if ``return_loss``.
 
-        ``positives [B, B]`` bool: which images belong to which text (None: text b, image b).
-        ``itm_negatives``: a wrong image for each text and a wrong text for each image, ``[B]``
-        each; None draws them. A batch of one has none; its matching loss is that of the pair.
+        ``positives [B, B]`` bool: which images belong to which text (None: text b, image b), or
+        ``text_ids``, ``image_ids`` as in :class:`~bagformer.losses.BagwiseContrastiveLoss`; no
+        matching negative is drawn from them. ``itm_negatives``: a wrong image for each text and a
+        wrong text for each image, ``[B]`` each; None draws them. A batch of one has none; its
+        matching loss is that of the pair. ``loss_weights``: of ``ita`` (CLS tokens), ``itm``
+        (matching) and ``twc`` (late interaction); None is the paper's, 1 each; a loss without a
+        weight is not computed.
         """
         output = super().forward(input_ids, attention_mask, bag_offsets, bag_mask, pixel_values)
         if return_loss:
             if output.text_to_image is None:
                 raise ValueError("return_loss=True needs input_ids and pixel_values")
-            self._add_losses(output, positives, itm_negatives)
+            labels = Labels(positives, text_ids, image_ids)
+            add_losses(self, output, labels, itm_negatives, loss_weights)
         return output
-
-    def _add_losses(self, output: Any, positives: Tensor | None, itm_negatives: Any) -> None:
-        batch, images = output.text_to_image.shape
-        if batch != images:
-            raise ValueError(f"the losses need as many texts as images, got {batch} and {images}")
-        if self.twc_loss is not None:
-            output.loss_twc = self.twc_loss.from_scores(
-                output.text_to_image, output.image_to_text, positives
-            )
-        elif positives is not None and not torch.compiler.is_compiling():
-            check_positives(positives, (batch, images))
-        similarity = output.text_cls @ output.image_cls.t()
-        logits = similarity.to(accumulation_dtype(similarity.dtype)) / self.cls_temperature()
-        flipped = None if positives is None else positives.t()
-        output.loss_ita = 0.5 * (
-            multi_positive_cross_entropy(logits, positives)
-            + multi_positive_cross_entropy(logits.t(), flipped)
-        )
-        losses = [output.loss_ita]
-        if self.itm_head is not None:
-            self._add_matching(output, positives, itm_negatives, logits)
-            losses.append(output.loss_itm)
-        if output.loss_twc is not None:
-            losses.append(output.loss_twc)
-        output.loss = sum(losses[1:], losses[0])
-
-    def _add_matching(
-        self, output: Any, positives: Tensor | None, itm_negatives: Any, logits: Tensor
-    ) -> None:
-        batch, device = len(logits), logits.device
-        if itm_negatives is not None:
-            negatives = given_negatives(itm_negatives, batch, device)
-        else:
-            if positives is None:
-                positives = torch.eye(batch, dtype=torch.bool, device=device)
-            negatives = draw_negatives(positives, logits if self.config.hard_negatives else None)
-        output.loss_itm, output.itm_logits, output.itm_labels = match(
-            self.text_model,
-            self.itm_head,
-            output.text_embeds,
-            output.text_attention_mask,
-            output.image_embeds,
-            negatives,
-        )

@@ -74,9 +74,11 @@ def together(case: Case) -> dict[str, Any]:
     return joined
 
 
-def step(case: Case, batch: dict[str, Any], gather: str) -> dict[str, Tensor]:
+def step(
+    case: Case, batch: dict[str, Any], gather: str = "none", group: Any = None
+) -> dict[str, Tensor]:
     """Loss and gradients, the features' not contiguous on their way."""
-    loss = BagwiseContrastiveLoss(**case.options, gather=gather).double()
+    loss = BagwiseContrastiveLoss(**case.options, gather=gather, process_group=group).double()
     leaves = {name: batch[name].clone().requires_grad_() for name in ("text", "image")}
     turned = {name: (leaf.mT * 1.0).mT for name, leaf in leaves.items()}
     value = loss(**{**batch, **turned})
@@ -88,25 +90,30 @@ def step(case: Case, batch: dict[str, Any], gather: str) -> dict[str, Tensor]:
 class Towers(nn.Module):
     """Two linear encoders and the loss, as one model."""
 
-    def __init__(self, options: dict[str, Any], gather: str) -> None:
+    def __init__(self, options: dict[str, Any], gather: str, group: Any) -> None:
         super().__init__()
         torch.manual_seed(3)
         self.text, self.image = nn.Linear(SIZE, 4), nn.Linear(SIZE, 4)
-        self.loss = BagwiseContrastiveLoss(**options, gather=gather)
+        self.loss = BagwiseContrastiveLoss(**options, gather=gather, process_group=group)
 
     def forward(self, text: Tensor, image: Tensor, **others: Any) -> Tensor:
         return self.loss(self.text(text), self.image(image), **others)
 
 
-def model_step(case: Case, batch: dict[str, Any], gather: str, parallel: bool) -> dict[str, Tensor]:
-    model: Any = Towers(case.options, gather).double()
-    runner = DistributedDataParallel(model) if parallel else model  # its hooks die with it
+def model_step(
+    case: Case, batch: dict[str, Any], gather: str = "none", group: Any = None
+) -> dict[str, Tensor]:
+    """Loss and gradients of a model, under DistributedDataParallel if there is a group."""
+    runner: Any = Towers(case.options, gather, group).double()
+    if group is not None:
+        runner = DistributedDataParallel(runner, process_group=group)
     value = runner(**batch)
     value.backward()
-    return {"loss": value.detach()} | {name: p.grad for name, p in model.named_parameters()}
+    named = runner.named_parameters()
+    return {"loss": value.detach()} | {n.removeprefix("module."): p.grad for n, p in named}
 
 
-def refusal(rank: int, gather: str) -> str:
+def refusal(rank: int, gather: str, group: Any) -> str:
     """What the loss says on ``rank`` where process 1 alone brings bad arguments."""
     text, image = torch.ones(2, 3, 4), torch.ones(2, 5, 4)
     positives = torch.ones(2, 4, dtype=torch.bool)
@@ -121,38 +128,46 @@ def refusal(rank: int, gather: str) -> str:
     said = []
     for arguments in tried:
         try:
-            BagwiseContrastiveLoss(gather=gather)(*arguments)
+            BagwiseContrastiveLoss(gather=gather, process_group=group)(*arguments)
             said.append("nothing")
         except (RuntimeError, TypeError, ValueError) as error:
             said.append(f"{type(error).__name__}: {error}")
     return "\n".join(said)
 
 
-def _work(rank: int, world: int, folder: str, cases: list[Case], gathers: tuple[str, ...]) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/meet",
-        rank=rank,
-        world_size=world,
-        timeout=datetime.timedelta(seconds=60),
-    )
+def _cases(rank: int, group: Any, cases: list[Case], gathers: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for gather in gathers:
         for number, case in enumerate(cases):
             batch = batches(case)[rank]
             if gather == "none" and (len(batch["text"]) != len(batch["image"]) or case.labels):
                 continue
-            found[f"{gather} {number}"] = step(case, batch, gather)
-            found[f"{gather} {number} model"] = model_step(case, batch, gather, True)
-        if gather != "none" and world == 2:
-            found[f"{gather} refusal"] = refusal(rank, gather)
+            found[f"{gather} {number}"] = step(case, batch, gather, group)
+            found[f"{gather} {number} model"] = model_step(case, batch, gather, group)
+    return found
+
+
+def _work(rank: int, folder: str, two: list[Case], three: list[Case]) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo",
+        init_method=f"file://{folder}/meet",
+        rank=rank,
+        world_size=3,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    pair = dist.new_group([0, 1])
+    found = {"three": _cases(rank, dist.group.WORLD, three, ("ring",))}
+    if rank < 2:
+        found["two"] = _cases(rank, pair, two, ("none", "local", "ring"))
+        found["refusals"] = {gather: refusal(rank, gather, pair) for gather in ("local", "ring")}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def in_processes(world: int, cases: list[Case], gathers: tuple[str, ...]) -> list[dict[str, Any]]:
-    """What each process found, by ``"gather number"`` and ``"gather number model"``."""
+def in_processes(two: list[Case], three: list[Case]) -> list[dict[str, Any]]:
+    """What each of three processes found: ``three`` in all of them, ``two`` in a group of two, each
+    by ``"gather number"`` and ``"gather number model"``."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(_work, (world, folder, cases, gathers), nprocs=world)
-        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(world)]
+        torch.multiprocessing.spawn(_work, (folder, two, three), nprocs=3)
+        return [torch.load(Path(folder) / f"{rank}.pt", weights_only=True) for rank in range(3)]
