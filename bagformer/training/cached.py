@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from bagformer.training.config import ConfigError
+from bagformer.training.gradient_cache import cached_step
 from bagformer.training.step import TrainStep
 
 _TEXT_KEYS = ("input_ids", "attention_mask", "bag_offsets", "bag_mask")
@@ -25,8 +25,6 @@ def cached_losses(
 
     Raises ConfigError with a matching head: its pairs need whole encoder outputs.
     """
-    from bagformer.training.gradient_cache import cached_step
-
     if "itm" in step.weights:
         raise ConfigError(
             "mini_batch: the matching loss cannot be computed in pieces; set loss.itm to 0 or "
@@ -35,22 +33,17 @@ def cached_losses(
     model, device = step.model, positives[0].device
     found: dict[str, Tensor] = {}
 
-    def encode_text(chunk: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    def encode_text(chunk: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         with step.autocast(device):
             text = model.get_text_features(*(chunk.get(key) for key in _TEXT_KEYS))
-        # the CLS vector travels as one more bag in front
-        features = torch.cat([text.text_cls[:, None], text.text_features], dim=1)
-        mask = torch.cat([torch.ones_like(text.text_mask[:, :1]), text.text_mask], dim=1)
-        return features, mask
+        return text.text_features, text.text_mask, text.text_cls
 
     def encode_image(chunk: Tensor) -> Tensor:
         with step.autocast(device):
             return model.get_image_features(chunk).image_features
 
-    def loss(text: Tensor, image: Tensor, text_mask: Tensor) -> Tensor:
-        losses, _, accuracy = step.contrast(
-            text[:, 1:], text_mask[:, 1:], text[:, 0], image, *positives
-        )
+    def loss(text: Tensor, image: Tensor, text_mask: Tensor, text_cls: Tensor) -> Tensor:
+        losses, _, accuracy = step.contrast(text, text_mask, text_cls, image, *positives)
         totals = step.total(losses)
         found.update(totals, loss=totals["loss"].detach(), accuracy=accuracy)
         return totals["loss"] * scale

@@ -192,24 +192,8 @@ class TrainConfig:
 
 
 # Keys that a resumed run may change: they decide how it is run, not what it computes.
-FREE = frozenset(
-    [
-        "output",
-        "folder",
-        "data",
-        "valid",
-        "checkpoint",
-        "log",
-        "device",
-        "workers",
-        "start_method",
-        "threads",
-        "processor",
-        "steps",
-        "epochs",
-        "gradient_checkpointing",
-    ]
-)
+FREE = frozenset(("output", "folder", "data", "valid", "checkpoint", "log", "device", "workers"))
+FREE |= {"start_method", "threads", "processor", "steps", "epochs", "gradient_checkpointing"}
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": PRECISIONS,
@@ -220,36 +204,13 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "loss.gather": GATHERS,
     "data.on_error": ("raise", "skip"),
 }
-_POSITIVE = [
-    "batch_size",
-    "mini_batch",
-    "accumulate",
-    "steps",
-    "epochs",
-    "clip",
-    "threads",
-    "valid.every",
-    "valid.batch_size",
-    "checkpoint.every",
-    "checkpoint.keep",
-    "log.every",
-]
-_NOT_NEGATIVE = [
-    "workers",
-    "seed",
-    "optim.lr",
-    "optim.weight_decay",
-    "schedule.warmup",
-    "schedule.warmup_lr",
-    "schedule.min_lr",
-    "loss.twc",
-    "loss.ita",
-    "loss.itm",
-    "augment.rand_augment.ops",
-    "augment.rand_augment.magnitude",
-    "valid.k_test",
-]
-_SHARES = ("augment.flip", "augment.rand_augment.probability")
+_POSITIVE = ["batch_size", "mini_batch", "accumulate", "steps", "epochs", "clip", "threads"]
+_POSITIVE += ["valid.every", "valid.batch_size", "checkpoint.every", "checkpoint.keep", "log.every"]
+_NOT_NEGATIVE = ["workers", "seed", "optim.lr", "optim.weight_decay", "valid.k_test"]
+_NOT_NEGATIVE += ["schedule.warmup", "schedule.warmup_lr", "schedule.min_lr"]
+_NOT_NEGATIVE += ["loss.twc", "loss.ita", "loss.itm"]
+_NOT_NEGATIVE += ["augment.rand_augment.ops", "augment.rand_augment.magnitude"]
+_SHARES = ["augment.flip", "augment.rand_augment.probability"]
 
 
 def value_at(config: Any, key: str) -> Any:

@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from bagformer.training.config import ConfigError
 
@@ -72,18 +72,6 @@ def finish() -> None:
     """Leave the other processes."""
     if dist.is_initialized():
         dist.destroy_process_group()
-
-
-def average_gradients(module: nn.Module, world: int) -> None:
-    """Mean of the gradients over the processes, where no wrapper has seen to it."""
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    flat = torch.cat([gradient.flatten() for gradient in gradients])
-    dist.all_reduce(flat)
-    flat /= world
-    start = 0
-    for gradient in gradients:
-        gradient.copy_(flat[start : start + gradient.numel()].view_as(gradient))
-        start += gradient.numel()
 
 
 def gather_numbers(numbers: Tensor, world: int) -> Tensor:

@@ -230,7 +230,7 @@ class Trainer:
             for name, value in found.items():
                 values[name] = values.get(name, 0.0) + value / config.accumulate
         if self.place.world > 1 and config.mini_batch is not None:
-            average_gradients(self.model, self.place.world)
+            average_gradients(self.model.parameters())
         begun = time.perf_counter()
         learning = [p for p in self.model.parameters() if p.grad is not None]
         limit = math.inf if config.clip is None else config.clip

@@ -8,7 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bagformer.losses import multi_positive_cross_entropy
+from bagformer.losses import gathered_loss, multi_positive_cross_entropy
+from bagformer.losses.distributed import Rule
+from bagformer.losses.layout import Sides
 from bagformer.models.fusion import draw_negatives, match
 from bagformer.ops.maxsim import maxsim
 from bagformer.reference import accumulation_dtype
@@ -120,7 +122,12 @@ class TrainStep(nn.Module):
         text, text_cls, image = text.to(wide), text_cls.to(wide), image.to(wide)
         logits = text_cls @ image[:, 0].t() / model.cls_temperature()
         losses = {}
-        if "ita" in self.weights:
+        if "ita" in self.weights and wide_positives is not None:
+            # one bag and one patch each: late interaction is the inner product
+            sides = Sides(text_cls[:, None], image[:, :1], None, None, wide_positives)
+            gather, temperature = self.options.gather, model.cls_temperature()
+            losses["ita"] = gathered_loss(sides, Rule(), gather, temperature, None, None)
+        elif "ita" in self.weights:
             losses["ita"] = 0.5 * (
                 multi_positive_cross_entropy(logits, positives)
                 + multi_positive_cross_entropy(logits.t(), positives.t())
