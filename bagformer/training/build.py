@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from copy import deepcopy
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from transformers import BertTokenizer
+from transformers import BertConfig, BertTokenizer
 
 from bagformer.assets import vocabulary_path
-from bagformer.models.configuration_bagformer import BagFormerConfig
+from bagformer.models.configuration_bagformer import BagFormerConfig, BagFormerVisionConfig
 from bagformer.models.modeling_bagformer import BagFormerForRetrieval
 from bagformer.models.processing_bagformer import CONFIG_FILE, BagFormerProcessor
 from bagformer.models.tokens import check_vocabulary
 from bagformer.training import seeds
-from bagformer.training.config import ConfigError, TrainConfig
+from bagformer.training.config import ConfigError, ProcessorConfig, TrainConfig
 
 # Keys of the original's BERT file that its own code reads.
 _ORIGINAL_ONLY = ("encoder_width", "add_cross_attention")
@@ -40,6 +41,15 @@ def _tokenizer(config: TrainConfig) -> BertTokenizer:
     return tokenizer
 
 
+def _check_names(fields: dict[str, Any], kind: Any, path: str) -> None:
+    # transformers would keep a misspelt field as an attribute without a meaning
+    known = [*kind.__dataclass_fields__, "kwargs"]
+    for name in fields:
+        if name not in known:
+            near = get_close_matches(str(name), known, n=1, cutoff=0.0)[0]
+            raise ConfigError(f"{path}.{name}: unknown key, the nearest known one is {near!r}")
+
+
 def model_config(fields: dict[str, Any], vocabulary_size: int) -> BagFormerConfig:
     """The model's configuration; ``text_config`` may name a JSON file, as the original's does."""
     fields = deepcopy(fields)
@@ -51,6 +61,10 @@ def model_config(fields: dict[str, Any], vocabulary_size: int) -> BagFormerConfi
         text = {key: value for key, value in text.items() if key not in _ORIGINAL_ONLY}
         if "fusion_layer" in text:
             fields.setdefault("fusion_layer", text.pop("fusion_layer"))
+    _check_names(fields, BagFormerConfig, "model")
+    _check_names(fields.get("vision_config") or {}, BagFormerVisionConfig, "model.vision_config")
+    if isinstance(fields.get("text_config"), dict):
+        _check_names(text or {}, BertConfig, "model.text_config")
     fields["text_config"] = {"vocab_size": vocabulary_size, **(text or {})}
     try:
         made = BagFormerConfig(**fields)
@@ -77,9 +91,13 @@ def build(config: TrainConfig) -> tuple[BagFormerForRetrieval, BagFormerProcesso
                 "with `bagformer convert`, or give the fields of a new model)"
             )
         model = BagFormerForRetrieval.from_pretrained(str(folder), local_files_only=True)
-        if (folder / CONFIG_FILE).is_file():
-            return model, BagFormerProcessor.from_pretrained(str(folder))
-        return model, _processor(config, model.config, _tokenizer(config))
+        if not (folder / CONFIG_FILE).is_file():
+            return model, _processor(config, model.config, _tokenizer(config))
+        own = BagFormerProcessor.from_pretrained(str(folder))
+        if config.processor == ProcessorConfig():
+            return model, own
+        tokenizer = _tokenizer(config) if config.processor.vocabulary else own.tokenizer
+        return model, _processor(config, model.config, tokenizer)
     tokenizer = _tokenizer(config)
     made = model_config(config.model, len(tokenizer))
     seeds.start(config.seed)

@@ -13,6 +13,15 @@ from bagformer.training.step import TrainStep
 _TEXT_KEYS = ("input_ids", "attention_mask", "bag_offsets", "bag_mask")
 
 
+def check_cachable(weights: dict[str, float]) -> None:
+    """Raise ConfigError if a loss of weight above 0 needs all of a batch at once."""
+    if "itm" in weights:
+        raise ConfigError(
+            "mini_batch: the matching loss cannot be computed in pieces; set loss.itm to 0 or "
+            "model.use_itm_head to false"
+        )
+
+
 def cached_losses(
     step: TrainStep,
     inputs: dict[str, Tensor],
@@ -25,11 +34,7 @@ def cached_losses(
 
     Raises ConfigError with a matching head: its pairs need whole encoder outputs.
     """
-    if "itm" in step.weights:
-        raise ConfigError(
-            "mini_batch: the matching loss cannot be computed in pieces; set loss.itm to 0 or "
-            "model.use_itm_head to false"
-        )
+    check_cachable(step.weights)
     model, device = step.model, positives[0].device
     found: dict[str, Tensor] = {}
 

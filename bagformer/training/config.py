@@ -24,8 +24,8 @@ class ConfigError(ValueError):
 @dataclass
 class ProcessorConfig:
     """``vocabulary``: a ``vocab.txt`` or a tokenizer's folder; null is the vocabulary that ships
-    with the package. ``dictionary``: one entity a line; null makes every token a bag. Both are read
-    only where ``model`` is not a folder that has a processor."""
+    with the package. ``dictionary``: one entity a line; null makes every token a bag. Where
+    ``model`` is a folder that has a processor, null means its own."""
 
     vocabulary: str | None = None
     dictionary: str | None = None

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from bagformer.training import data, log, seeds
 from bagformer.training.build import build
-from bagformer.training.cached import cached_losses
+from bagformer.training.cached import cached_losses, check_cachable
 from bagformer.training.checkpoint import (
     LAST,
     MODEL,
@@ -29,9 +30,10 @@ from bagformer.training.checkpoint import (
     read_snapshot,
     write_model,
 )
-from bagformer.training.config import FREE, ConfigError, TrainConfig
+from bagformer.training.config import FREE, ConfigError, ProcessorConfig, TrainConfig
 from bagformer.training.config_file import dump, to_dict
-from bagformer.training.distributed import Place, average_gradients, finish, gather_numbers, start
+from bagformer.training.distributed import Place, finish, gather_numbers, start
+from bagformer.training.gradient_cache import average_gradients
 from bagformer.training.optim import Schedule, freeze, make_optimizer, train_mode
 from bagformer.training.step import TrainStep, active_losses, freeze_unreached
 from bagformer.training.validate import Validate, make_validate, metric_of
@@ -64,7 +66,9 @@ class Trainer:
         last = self._last(resume)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
-        self.model, self.processor = build(config)
+        # a resumed run needs neither the model it began with nor the dictionary
+        begun = {} if last is None else {"model": str(last), "processor": ProcessorConfig()}
+        self.model, self.processor = build(replace(config, **begun))
         self._open_data(validate, progress)
         self._prepare_model()
         self.meter = log.Meter()
@@ -104,6 +108,8 @@ class Trainer:
         model.to(place.device)  # type: ignore[arg-type]
         freeze(model, config.freeze)
         freeze_unreached(model, active_losses(model, config.loss))
+        if config.mini_batch is not None:
+            check_cachable(active_losses(model, config.loss))
         if config.gradient_checkpointing:
             try:
                 model.gradient_checkpointing_enable({"use_reentrant": False})
