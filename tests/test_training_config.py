@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from bagformer.training.config import ConfigError, TrainConfig
 from bagformer.training.config_file import dump, from_tree, load
 
+ROOT = Path(__file__).resolve().parent.parent
 MINIMAL = """\
 model: some/folder
 output: runs/first
@@ -154,3 +158,15 @@ def test_mappings_need_no_file():
     tree = {"model": "m", "output": "o", "steps": 1, "data": {"train": {"queries": "q"}}}
     with pytest.raises(ConfigError, match=r"config: data.train.images: name the file"):
         from_tree(tree, {})
+
+
+def test_the_example_and_the_documentation_are_read(tmp_path):
+    from bagformer.training.build import model_config
+
+    config, _ = load(ROOT / "examples" / "train_iconpark.yaml", ["folder=SET"])
+    made = model_config(config.model, 21128)
+    assert (made.reduction, made.vision_config.backbone) == ("mean", "resnet10t")
+    block = re.search(r"```yaml\n(.*?)```", (ROOT / "docs" / "training.md").read_text(), re.S)
+    (tmp_path / "c.yaml").write_text(block[1])
+    config, _ = load(tmp_path / "c.yaml")
+    assert (config.model, config.epochs) == ("FOLDER", 6)

@@ -126,6 +126,7 @@ class RunLog:
         """One line, on the disk before this returns to the loop."""
         if not self.active:
             return
+        values = {k: plain(v) if isinstance(v, float) else v for k, v in values.items()}
         row = {"kind": kind, "step": step, **values, "time": round(time.time(), 3)}
         self._file.write(json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()

@@ -315,9 +315,9 @@ class Trainer:
         config = self.config
         self.meter.add(values)
         rates = [group["lr"] for group in self.optimizer.param_groups]
-        shown = {"loss": values["loss"], "acc": values["accuracy"], "lr": rates[0]}
         speed = self.meter.speed()
-        self.log.advance({**shown, "img/s": speed["pictures_per_s"], "data_s": speed["data_s"]})
+        shown = {name: values[name] for name in ("loss", *sorted(values)) if "loss" in name}
+        self.log.advance({**shown, "acc": values["accuracy"], "lr": rates[0], **speed})
         if self.step % config.log.every == 0 or self.step == self.total:
             row = {"epoch": (self.step - 1) // self.per_epoch, **self.meter.means()}
             row |= {"lr": rates[0], **self._temperatures(), **speed}
