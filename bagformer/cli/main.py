@@ -20,6 +20,8 @@ VERBS = {
     "evaluate": "measure recall, re-rank, and write predictions for a leaderboard",
     "train-muge": "evaluate a checkpoint with the flags and files of the original's train_muge.py",
     "convert": "turn a checkpoint of the original code into a model folder",
+    "train": "train a model on your own texts and pictures",
+    "plot-log": "draw the curves of training logs",
     "data": "build or check a data set in MUGE's format",
     "doctor": "say what is installed and what each operator would run on",
 }

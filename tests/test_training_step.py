@@ -1,0 +1,186 @@
+"""One batch: its losses, its gradient in pieces, its optimiser and its learning rate."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from support.models import make_inputs, tiny_model
+
+from bagformer.training.config import (
+    ConfigError,
+    LossConfig,
+    OptimConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+from bagformer.training.optim import Schedule, decays, freeze, make_optimizer, train_mode
+from bagformer.training.step import TrainStep, active_losses, freeze_unreached
+
+
+def gradients(model):
+    return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def test_losses_are_the_models_own():
+    model, inputs = tiny_model(), make_inputs(4)
+    positives = torch.eye(4, dtype=torch.bool)
+    positives[0, 2] = True
+    torch.manual_seed(1)
+    expected = model(**inputs, positives=positives, return_loss=True)
+    torch.manual_seed(1)
+    found = TrainStep(model, LossConfig(itm=0.5))(inputs, positives)
+    for name in ("twc", "ita", "itm"):
+        torch.testing.assert_close(found[f"loss_{name}"], expected[f"loss_{name}"].detach())
+    total = expected.loss_twc + expected.loss_ita + 0.5 * expected.loss_itm
+    torch.testing.assert_close(found["loss"], total)
+    best = expected.text_to_image.argmax(dim=1)
+    right = [bool(positives[row, column]) for row, column in enumerate(best)]
+    assert found["accuracy"].item() == pytest.approx(sum(right) / 4)
+
+
+def test_scores_stay_wide_under_autocast():
+    model, inputs = tiny_model(use_itm_head=False), make_inputs(4)
+    step = TrainStep(model, LossConfig(), "bf16")
+    seen = {}
+    model.vision_proj.register_forward_hook(lambda *a: seen.update(dtype=a[2].dtype))
+    found = step(inputs, torch.eye(4, dtype=torch.bool))
+    assert seen["dtype"] == torch.bfloat16
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    plain = TrainStep(model, LossConfig())(inputs, torch.eye(4, dtype=torch.bool))
+    torch.testing.assert_close(found["loss"], plain["loss"], rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_a_batch_in_pieces_has_the_gradient_of_the_whole(size):
+    from bagformer.training.cached import cached_losses
+
+    inputs, positives = make_inputs(5), torch.eye(5, dtype=torch.bool)
+    positives[1, 3] = True
+    whole, pieces = (tiny_model(use_itm_head=False).double() for _ in range(2))
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    expected = TrainStep(whole, LossConfig())(inputs, positives)
+    (expected["loss"] * 0.5).backward()
+    found = cached_losses(TrainStep(pieces, LossConfig()), inputs, (positives, None), size, 0.5)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name].detach(), value.detach())
+    theirs = gradients(whole)
+    assert gradients(pieces).keys() == theirs.keys()
+    for name, value in gradients(pieces).items():
+        torch.testing.assert_close(value, theirs[name], rtol=1e-9, atol=1e-12)
+
+
+def test_pieces_refuse_the_matching_loss():
+    from bagformer.training.cached import cached_losses
+
+    step = TrainStep(tiny_model(), LossConfig())
+    with pytest.raises(ConfigError, match=r"set loss\.itm to 0"):
+        cached_losses(step, make_inputs(2), (torch.eye(2).bool(), None), 1, 1.0)
+
+
+def test_parameters_that_no_loss_reaches_are_frozen():
+    """What is left gets a gradient, all of it but the padding's own row."""
+    model = tiny_model()
+    options = LossConfig(ita=0, itm=0)
+    freeze_unreached(model, active_losses(model, options))
+    step = TrainStep(model, options)
+    step(make_inputs(4), torch.eye(4).bool())["loss"].backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad, name
+    assert not model.temp.requires_grad and not model.itm_head.weight.requires_grad
+    with pytest.raises(ConfigError, match="every loss"):
+        active_losses(model, LossConfig(twc=0, ita=0, itm=0))
+
+
+def test_which_parameters_decay():
+    model = tiny_model()
+    of = {
+        name: (decays(name, p, "default"), decays(name, p, "original"))
+        for name, p in model.named_parameters()
+    }
+    backbone = "vision_model.backbone."
+    assert of["vision_proj.weight"] == (True, True)
+    assert of["vision_proj.bias"] == of["text_model.embeddings.LayerNorm.weight"] == (False, False)
+    for name in (
+        "temp",
+        "twc_loss.log_temperature",
+        f"{backbone}cls_token",
+        f"{backbone}pos_embed",
+    ):
+        assert of[name] == (False, True), name
+    made = make_optimizer(model, OptimConfig(weight_decay=0.3, betas=[0.8, 0.9], eps=1e-7))
+    assert [group["weight_decay"] for group in made.param_groups] == [0.3, 0.0]
+    assert made.param_groups[0]["betas"] == (0.8, 0.9) and made.param_groups[1]["eps"] == 1e-7
+    counted = sum(p.numel() for group in made.param_groups for p in group["params"])
+    assert counted == sum(p.numel() for p in model.parameters())
+
+
+def test_freezing_by_name_stops_learning_and_dropout():
+    model = tiny_model()
+    frozen = freeze(model, ["vision_model", "text_model.embeddings.*"])
+    assert frozen == sum(p.numel() for p in model.parameters() if not p.requires_grad) > 0
+    train_mode(model)
+    assert not model.vision_model.training and not model.text_model.embeddings.dropout.training
+    assert model.text_model.encoder.layer[0].training
+    with pytest.raises(ConfigError, match="'visoin_model' matches no parameter"):
+        freeze(model, ["visoin_model"])
+    freeze(model, ["*"])
+    with pytest.raises(ConfigError, match="nothing is left"):
+        make_optimizer(model, OptimConfig())
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        (OptimConfig(name="adamwww"), "timm.optim has no 'adamwww'"),
+        (OptimConfig(options={"speed": 3}), "does not take {'speed': 3}"),
+    ],
+)
+def test_optimisers_that_do_not_exist(options, message):
+    with pytest.raises(ConfigError, match=message):
+        make_optimizer(tiny_model(), options)
+
+
+def rates(schedule, total, per_epoch, lr=1.0):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    made = Schedule(optimizer, TrainConfig(schedule=schedule), total, per_epoch)
+    found = []
+    for update in range(total):
+        made.set(update)
+        found.append(optimizer.param_groups[0]["lr"])
+    return found
+
+
+def test_rates_by_update():
+    found = rates(ScheduleConfig(warmup=4, min_lr=0.1), 20, 5)
+    expected = [n / 4 for n in range(4)]
+    expected += [0.1 + 0.45 * (1 + math.cos(math.pi * n / 20)) for n in range(4, 20)]
+    assert found == pytest.approx(expected)
+    assert rates(ScheduleConfig(warmup=0.2, min_lr=0.1), 20, 5) == found
+    linear = rates(ScheduleConfig(name="linear"), 10, 5)
+    assert linear == pytest.approx([1 - n / 10 for n in range(10)])
+    assert rates(ScheduleConfig(name="none"), 3, 1) == [1.0] * 3
+    with pytest.raises(ConfigError, match="leave none to learn"):
+        rates(ScheduleConfig(warmup=20), 20, 5)
+
+
+@pytest.mark.parametrize("warmup", [0, 2])
+def test_rates_as_the_original_steps_them(warmup):
+    """Restated from its loop: in epoch 0 every 100 iterations up to 100 W, then once an epoch."""
+    epochs, length, low, base, start = 3, 350, 0.01, 1.0, 0.2
+
+    def formula(t):
+        if t < warmup:
+            return start + t * (base - start) / warmup
+        return low + 0.5 * (base - low) * (1 + math.cos(math.pi * (t - warmup) / epochs))
+
+    expected, rate = [], formula(0)
+    for epoch in range(epochs):
+        for i in range(length):
+            expected.append(rate)
+            if epoch == 0 and i % 100 == 0 and i <= 100 * warmup:
+                rate = formula(i // 100)
+        rate = formula(epoch + warmup + 1)
+    options = ScheduleConfig(warmup=warmup, warmup_lr=start, min_lr=low, unit="original")
+    assert rates(options, epochs * length, length) == pytest.approx(expected)
