@@ -13,7 +13,8 @@ import pytest
 import torch
 
 import bagformer
-from bagformer.ops import _maxsim_ops, bag_pool, l2_normalize, maxsim_topk
+from bagformer import reference
+from bagformer.ops import _maxsim_ops, bag_pool, l2_normalize, maxsim_quantized, maxsim_topk
 from bagformer.ops import warmup as warming
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -76,8 +77,8 @@ def test_a_configuration_gives_the_sizes(monkeypatch):
     assert {(request.bags, request.patches) for request, *_ in seen} == {
         (bags, patches) for bags in (1, 2, 4, 5) for patches in (7, 9)
     }
-    request, hidden, candidates, k = seen[0]
-    assert (request.width, hidden, candidates, k) == (64, 96, None, 3)
+    request, hidden, *rest = seen[0]
+    assert (request.width, hidden, *rest) == (64, 96, None, 3, None)
     assert request.options[:3] == ("zero", "both", "mean") and request.masks == (True, False)
     bagformer.warmup("cpu", config=config, width=128, bags=(6,), mask_mode="exclude")
     assert seen[-1][0].width == 128 and seen[-1][0].bags == 6
@@ -101,7 +102,7 @@ def keys(found):
 
 
 def request(texts, images, bags, *, patches=257, width=256, hidden=768, dtype=BF16, masks, mode,
-            reduction, directions="both", training, candidates=None, k=None):  # fmt: skip
+            reduction, directions="both", training, candidates=None, k=None, quantized=None):  # fmt: skip
     """One real request, by the operators' own functions at its real sizes."""
     states = empty(texts, bags + 3, hidden, dtype=dtype)
     offsets = empty(texts, bags + 1, dtype=torch.int32)
@@ -121,6 +122,11 @@ def request(texts, images, bags, *, patches=257, width=256, hidden=768, dtype=BF
     for other, other_mask in forms:
         sides = text, other, text_mask, other_mask
         out = _maxsim_ops.run(*sides, mode, directions, reduction, training, *tail)
+        if quantized:
+            values = empty(*other.shape, dtype=reference.QUANTIZED_DTYPES[quantized][0])
+            stored = values, empty(*other.shape[:-1], dtype=FP32)
+            settings = mode, directions, reduction, False, "triton"
+            maxsim_quantized._run(text, *stored, text_mask, other_mask, *settings)
         if training:
             settings = mode, reduction, *tail, True, True
             slopes = (score if score.numel() else None for score in out[:2])
@@ -150,6 +156,8 @@ CASES = {
     "one query": ({"texts": 1, "images": 5000, "k": 10}, (4, 9, 25)),
     "a few queries, sorted": ({"texts": 20, "images": 30000, "k": 100}, (9, 25)),
     "float32": ({"dtypes": (FP32,), "texts": 256, "images": 256, "training": True}, (25,)),
+    "int8": ({"texts": 300, "images": 300, "candidates": 100, "quantized": "int8"}, (9, 25)),
+    "fp8": ({"texts": 3, "images": 700, "quantized": "fp8_e4m3"}, (9, 25)),
     "pairs": ({"texts": 64, "images": 64, "candidates": 1, "training": True}, (25,)),
     "candidates": ({"texts": 64, "images": 64, "candidates": 100}, (25,)),
     "a width of odd multiples": (

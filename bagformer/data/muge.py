@@ -43,6 +43,8 @@ __all__ = [
     "write_tsv",
 ]
 
+_CLOSED = (-1, None)  # no process holds the file
+
 
 class MugeImages(Mapping[Any, Image.Image]):
     """Pictures of a tsv by id, decoded when asked for.
@@ -74,8 +76,7 @@ class MugeImages(Mapping[Any, Image.Image]):
         self.path = Path(path)
         self.max_pixels = max_pixels
         self._sink = ErrorSink(on_error)
-        self._handle: Any = None
-        self._pid = -1
+        self._opened: tuple[int, Any] = _CLOSED
         self._build()
 
     @property
@@ -140,7 +141,7 @@ class MugeImages(Mapping[Any, Image.Image]):
         self._ranked = self._ids[self._order]
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_handle": None, "_pid": -1}
+        return {**self.__dict__, "_opened": _CLOSED}
 
     def __len__(self) -> int:
         return len(self._ids)
@@ -174,18 +175,25 @@ class MugeImages(Mapping[Any, Image.Image]):
             raise KeyError(f"{self.path} has no picture with id {key!r}")
         return row
 
-    def _read(self, start: int, size: int) -> bytes:
-        if self._pid != os.getpid():
-            # a handle shared after fork would share its position too
-            self._handle = open(self.path, "rb")  # noqa: SIM115
-            self._pid = os.getpid()
-            found = os.fstat(self._handle.fileno()).st_size
+    def _file(self) -> Any:
+        """This process's handle; one that was shared after a fork would share its position too."""
+        pid, handle = self._opened
+        if pid != os.getpid():
+            handle = open(self.path, "rb")  # noqa: SIM115
+            found = os.fstat(handle.fileno()).st_size
             if found != self._file_size:
+                handle.close()
                 raise ValueError(
                     f"{self.path}: had {self._file_size} bytes when indexed and has {found} now"
                 )
+            self._opened = os.getpid(), handle
+        return handle
+
+    def _read(self, start: int, size: int) -> bytes:
         if hasattr(os, "pread"):
-            return os.pread(self._handle.fileno(), size, start)
+            # held by name: another thread's first read may put a handle of its own in its place
+            handle = self._file()
+            return os.pread(handle.fileno(), size, start)
         with open(self.path, "rb") as handle:
             handle.seek(start)
             return handle.read(size)

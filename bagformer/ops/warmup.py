@@ -15,6 +15,7 @@ from torch import Tensor
 from bagformer.ops import (
     _bag_pool_triton,
     _l2_normalize_triton,
+    _maxsim_quantized_triton,
     _maxsim_topk_triton,
     _maxsim_triton,
     _triton,
@@ -22,9 +23,12 @@ from bagformer.ops import (
 from bagformer.ops._checks import check_choice, check_flag
 from bagformer.ops._maxsim_torch import Options
 from bagformer.ops.backend import choose_backend
-from bagformer.reference import DIRECTIONS, MASK_MODES, REDUCTIONS
+from bagformer.reference import DIRECTIONS, MASK_MODES, QUANTIZED_DTYPES, REDUCTIONS
 
-MODULES = ("bag_pool", "maxsim", "maxsim_backward", "nan_argmax", "normalize", "plan", "topk")
+MODULES = (
+    *("bag_pool", "maxsim", "maxsim_backward", "maxsim_quantized", "nan_argmax", "normalize"),
+    *("plan", "topk"),
+)
 MERGED = 1024
 # Tiles stop growing long before this many texts, and sorting by slot starts at this many pairs.
 ENOUGH = 256
@@ -154,6 +158,12 @@ def _run_scores(request: _Request, texts: int, *images: int) -> None:
         _maxsim_triton.backward(slopes, *sides, chosen, options, wants, wide=False)
 
 
+def _run_quantized(request: _Request, stored: torch.dtype, texts: int, *images: int) -> None:
+    text, image, *masks = request.sides(texts, *images)
+    values, scales = image.to(stored), image[..., 0].float().contiguous()
+    _maxsim_quantized_triton.forward(text, values, scales, *masks, request.options, False)
+
+
 def _run_topk(request: _Request, k: int) -> None:
     """Both directions: a row's best columns are merged 1,024 at a time."""
     options, mean = request.options, request.options.reduction == "mean"
@@ -167,12 +177,21 @@ def _run_topk(request: _Request, k: int) -> None:
         )  # fmt: skip
 
 
-def _run(request: _Request, hidden: int, candidates: int | None, k: int | None) -> None:
+def _run(
+    request: _Request,
+    hidden: int,
+    candidates: int | None,
+    k: int | None,
+    stored: torch.dtype | None = None,
+) -> None:
     _run_pools(request, hidden)
-    _run_scores(request, *_fewest(request.texts, request.images))
-    if candidates is not None:
-        few = _few(request.texts, 4)
-        _run_scores(request, few, few, candidates)
+    few = _few(request.texts, 4)
+    forms = [_fewest(request.texts, request.images)]
+    forms += [] if candidates is None else [(few, few, candidates)]
+    for form in forms:
+        _run_scores(request, *form)
+        if stored is not None:
+            _run_quantized(request, stored, *form)
     if k is not None:
         _run_topk(request, k)
 
@@ -229,6 +248,7 @@ def warmup(
     training: bool = False,
     candidates: int | None = None,
     k: int | None = None,
+    quantized: str | None = None,
 ) -> WarmupReport:
     """Compile every GPU kernel that calls of these shapes need, or read it from Triton's cache.
 
@@ -255,6 +275,7 @@ def warmup(
         candidates: also the candidate form with this many images for each text; 1 for
             ``maxsim_pairs``.
         k: also ``maxsim_topk`` with this ``k``.
+        quantized: also ``maxsim_quantized`` on images stored as ``int8`` or ``fp8_e4m3``.
 
     Returns:
         A :class:`WarmupReport`.
@@ -274,6 +295,10 @@ def warmup(
     check_choice("directions", directions, DIRECTIONS)
     check_choice("reduction", reduced, REDUCTIONS)
     check_choice("precision", precision, tuple(_triton.PRECISIONS))
+    stored = None
+    if quantized is not None:
+        check_choice("quantized", quantized, tuple(QUANTIZED_DTYPES))
+        stored = QUANTIZED_DTYPES[quantized][0]
     if not isinstance(dtypes, Sequence) or not all(isinstance(one, torch.dtype) for one in dtypes):
         raise TypeError(f"dtypes must be a sequence of torch.dtype, got {dtypes!r}")
     if not (isinstance(masks, tuple) and [type(one) for one in masks] == [bool, bool]):
@@ -301,7 +326,7 @@ def warmup(
                 request = _Request(
                     place, dtype, few, images, one, rows, size, options, masks, training
                 )
-                _run(request, states, candidates, k)
+                _run(request, states, candidates, k, stored)
     if torch.cuda.is_initialized():
         torch.cuda.synchronize(place)
     made = _compiled() - before

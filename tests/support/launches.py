@@ -142,7 +142,7 @@ def recording() -> Iterator[list[Launch]]:
         enter(mock.patch.object(torch.cuda, "get_device_properties", lambda device: sms))
         enter(mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)))
         enter(mock.patch.object(_triton, "on_device", lambda tensor: ExitStack()))
-        for name in ("_bag_pool", "_l2_normalize", "_maxsim", "_maxsim_topk"):
+        for name in ("_bag_pool", "_l2_normalize", "_maxsim", "_maxsim_quantized", "_maxsim_topk"):
             module = __import__(f"bagformer.ops.{name}_triton", fromlist=["on_device"])
             enter(mock.patch.object(module, "on_device", lambda tensor: ExitStack()))
         before = driver._active
