@@ -215,26 +215,107 @@ def store_patch_choice(
 
 
 @triton.jit
-def stream_image(
-    image, item, patch_stride, plan, n_patches, width, texts, features, choice,
+def gather_leftovers(
+    image, item, start, stop, n_images, n_patches, left, image_stride, patch_stride, plan, width,
+    texts, features, choices,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SHAPE: tl.constexpr,
     TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr, ZERO: tl.constexpr,
+    CANDIDATES: tl.constexpr, WANTS_IMAGE: tl.constexpr, ARGMAX: tl.constexpr
+):  # fmt: skip
+    """One tile of the rows that the whole tiles of each image of the run leave over.
+
+    Rows r and r + 8 repeat one patch, as ``best_patches`` folds them; pair q of rows is leftover
+    ``q % left`` of image ``start + q // left``. Gives the folded tile [BLOCK_P / 16, 8, BLOCK_N],
+    -inf in idle pairs, and the patches' maxima over bags [BLOCK_P, GROUP], 0 in idle rows.
+    """
+    GROUP: tl.constexpr = BLOCK_N // SLOT
+    owner, live, count, floor, n_bags, n_texts, text_plan = texts
+    line = tl.arange(0, BLOCK_P)
+    pair = line // 16 * 8 + line % 8
+    member = start + pair // left
+    keep = member < stop
+    member = tl.minimum(member, stop - 1).to(tl.int64)
+    length = tl.full((BLOCK_P,), n_patches, tl.int32)
+    if IMAGE_MASK:
+        length = tl.load(plan[1] + item + member)
+    rest = length % BLOCK_P
+    keep = keep & (rest <= left) & (pair % left < rest)
+    row = tl.maximum(tl.minimum(length - rest + pair % left, length - 1), 0)
+    if IMAGE_MASK:
+        row = tl.load(plan[0] + (item + member) * n_patches + row)
+    patches = member * image_stride + row * patch_stride
+    tile = similarity(image, patches, features, width, BLOCK_P, BLOCK_N, SHAPE)
+    run = reduce_max(tl.reshape(tile, (BLOCK_P // 16, 2, 8, BLOCK_N)), 1)
+    used = tl.reshape(keep.to(tl.int32), (BLOCK_P // 16, 2, 8))
+    run = tl.where((tl.max(used, 1) > 0)[:, :, None], run, float("-inf"))
+    best = tl.zeros((BLOCK_P, GROUP), tl.float32)
+    if WANTS_IMAGE:
+        keep = keep & (line % 16 < 8)
+        best, pick = best_bags(tile, count, BLOCK_P, GROUP, SLOT, ARGMAX)
+        if ARGMAX:
+            score = member[:, None] * n_texts + owner[None, :]
+            if CANDIDATES:
+                score = member[:, None] + owner[None, :] * n_images
+            store_bag_choice(
+                choices + score * n_patches + row[:, None], pick, best, text_plan, owner, live,
+                count, n_bags, keep, TEXT_MASK, ZERO)  # fmt: skip
+        if ZERO and TEXT_MASK:
+            best = nan_max(best, floor[None, :])
+        best = tl.where(keep[:, None], best, 0.0)
+    return run, best
+
+
+@triton.jit
+def add_leftovers(
+    run, place, sums, leftovers, rank, whole, left,
+    BLOCK_P: tl.constexpr, WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr,
+    ARGMAX: tl.constexpr
+):  # fmt: skip
+    """Fold the rows of image ``rank`` of the run, which begin at position ``whole``, into its own.
+
+    They come last: where they equal the maximum of a whole tile, the lower position stays.
+    """
+    if WANTS_TEXT:
+        top = tl.arange(0, BLOCK_P // 16)[:, None, None]
+        pair = top * 8 + tl.arange(0, 8)[None, :, None]
+        theirs = tl.where(pair // left == rank, leftovers[0], float("-inf"))
+        if ARGMAX:
+            # flush_patches adds a row's position in its tile
+            first = whole + pair % left - (pair + top * 8)
+            place = tl.where(theirs > run, first, place)
+        run = nan_max(run, theirs)
+    if WANTS_IMAGE:
+        line = tl.arange(0, BLOCK_P)
+        pair = line // 16 * 8 + line % 8
+        sums += tl.where((pair // left == rank)[:, None], leftovers[1], 0.0)
+    return run, place, sums
+
+
+@triton.jit
+def stream_image(
+    image, item, patch_stride, plan, n_patches, width, texts, features, choice,
+    leftovers, rank, left,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SHAPE: tl.constexpr,
+    TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr, ZERO: tl.constexpr, SHARED: tl.constexpr,
     WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, ARGMAX: tl.constexpr
 ):  # fmt: skip
-    """All patches of one image against the resident texts.
+    """All patches of one image, number ``rank`` of the run, against the resident texts.
 
     Gives the maximum over patches [BLOCK_N], the position that reached it, the sum over patches
     [GROUP] and the number of patches that count.
     """
     GROUP: tl.constexpr = BLOCK_N // SLOT
-    owner, live, count, floor, n_bags, text_plan = texts
+    owner, live, count, floor, n_bags, n_texts, text_plan = texts
     length = n_patches
     if IMAGE_MASK:
         length = tl.load(plan[1] + item)
     run = tl.full((BLOCK_P // 16, 8, BLOCK_N), float("-inf"), tl.float32)
     place = tl.zeros((BLOCK_P // 16, 8, BLOCK_N), tl.int32)
     sums = tl.zeros((BLOCK_P, GROUP), tl.float32)
-    for first in range(0, length, BLOCK_P):
+    end = length
+    if SHARED:
+        end = tl.where(length % BLOCK_P <= left, length - length % BLOCK_P, length)
+    for first in range(0, end, BLOCK_P):
         row = first + tl.arange(0, BLOCK_P)
         keep = row < length
         row = tl.minimum(row, length - 1)
@@ -252,20 +333,24 @@ def stream_image(
             sums += tl.where(keep[:, None], best, 0.0)
         if WANTS_TEXT:
             run, place = best_patches(tile, run, place, first, BLOCK_P, BLOCK_N, ARGMAX)
+    if SHARED:
+        run, place, sums = add_leftovers(
+            run, place, sums, leftovers, rank, end, left, BLOCK_P, WANTS_TEXT, WANTS_IMAGE, ARGMAX
+        )
     best, pick = flush_patches(run, place, length, BLOCK_P, BLOCK_N, ARGMAX)
     return best, pick, tl.sum(sums, 0), length
 
 
 # a kernel is compiled for a width and its strides, never again for another batch
-@triton.jit(do_not_specialize=[*SIZES, "images_per_program"])
+@triton.jit(do_not_specialize=[*SIZES, "images_per_program", "left"])
 def maxsim_forward_kernel(
     text, image, text_plan, image_plan, order, bounds,
     text_to_image, image_to_text, text_argmax, image_argmax,
-    n_texts, n_images, n_bags, n_patches, width, images_per_program,
+    n_texts, n_images, n_bags, n_patches, width, images_per_program, left,
     text_stride, bag_stride, list_stride, image_stride, patch_stride,
     UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
     SHAPE: tl.constexpr, ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr,
-    ZERO: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr,
+    ZERO: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr, SHARED: tl.constexpr,
     WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, ARGMAX: tl.constexpr
 ):  # fmt: skip
     """Scores of the texts of axis 0 with the images of axis 1; ``width`` and strides in UNITs.
@@ -287,22 +372,32 @@ def maxsim_forward_kernel(
     bag = tl.maximum(tl.minimum(bag, col_count - 1), 0)
     if TEXT_MASK:
         bag = tl.load(text_plan[0] + col_owner * n_bags + bag)
-    width, patch_stride = width * UNIT, patch_stride * UNIT
+    width, image_stride, patch_stride = width * UNIT, image_stride * UNIT, patch_stride * UNIT
     bags = (col_owner * text_stride + bag.to(tl.int64) * bag_stride) * UNIT
     features = resident(text, bags, width, SHAPE)
-    texts = owner, live, count, tl.where(count < n_bags, 0.0, float("-inf")), n_bags, text_plan
+    floor = tl.where(count < n_bags, 0.0, float("-inf"))
+    texts = owner, live, count, floor, n_bags, n_texts, text_plan
+    list_item = tl.zeros((), tl.int64)
+    if CANDIDATES:
+        list_item = tl.cast(first, tl.int64) * n_images
+        image += tl.cast(first, tl.int64) * (list_stride * UNIT)
     start = tl.program_id(1) * images_per_program
-    for i in range(start, tl.minimum(start + images_per_program, n_images)):
-        item, pair = tl.cast(i, tl.int64), tl.cast(i, tl.int64) * n_texts + owner
-        base = image + item * (image_stride * UNIT)
+    stop = tl.minimum(start + images_per_program, n_images)
+    leftovers = (0, 0)
+    if SHARED:
+        leftovers = gather_leftovers(
+            image, list_item, start, stop, n_images, n_patches, left, image_stride, patch_stride,
+            image_plan, width, texts, features, image_argmax, BLOCK_P, BLOCK_N, SLOT, SHAPE,
+            TEXT_MASK, IMAGE_MASK, ZERO, CANDIDATES, WANTS_IMAGE, ARGMAX)  # fmt: skip
+    for i in range(start, stop):
+        item, pair = list_item + i, tl.cast(i, tl.int64) * n_texts + owner
         if CANDIDATES:
-            item += tl.cast(first, tl.int64) * n_images
             pair = owner * n_images + i
-            base += tl.cast(first, tl.int64) * (list_stride * UNIT)
         best, pick, total, length = stream_image(
-            base, item, patch_stride, image_plan, n_patches, width, texts, features,
-            image_argmax + pair * n_patches, BLOCK_P, BLOCK_N, SLOT, SHAPE,
-            TEXT_MASK, IMAGE_MASK, ZERO, WANTS_TEXT, WANTS_IMAGE, ARGMAX)  # fmt: skip
+            image + tl.cast(i, tl.int64) * image_stride, item, patch_stride, image_plan, n_patches,
+            width, texts, features, image_argmax + pair * n_patches, leftovers, i - start, left,
+            BLOCK_P, BLOCK_N, SLOT, SHAPE, TEXT_MASK, IMAGE_MASK, ZERO, SHARED,
+            WANTS_TEXT, WANTS_IMAGE, ARGMAX)  # fmt: skip
         if WANTS_IMAGE:
             total = tl.where(count > 0, total, 0.0)
             if MEAN:

@@ -172,15 +172,16 @@ def _launch(
     strides = text.stride(0), text.stride(1), image.stride(0), image.stride(-3), image.stride(-2)
     unit = tiles.common_unit(width, *strides)
     run = tiles.images_per_program(text.device, groups, n_images, LARGEST_GRID)
+    left, run = tiles.leftovers(tile, n_patches, run)
     maxsim_forward_kernel[(groups, triton.cdiv(n_images, run))](
         text, image, tuple(plans[0]), tuple(plans[1]), order, bounds, *outputs,
-        n_texts, n_images, n_bags, n_patches, width // unit, run,
+        n_texts, n_images, n_bags, n_patches, width // unit, run, left,
         *(stride // unit for stride in strides),
         UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, SLOT=slot,
         SHAPE=(tile.head, tile.tail, tile.step, tile.covers(width), options.precision),
         ORDERED=order is not None, TEXT_MASK=plans[0] is not NOTHING,
         IMAGE_MASK=plans[1] is not NOTHING, ZERO=options.zero, MEAN=options.mean,
-        CANDIDATES=candidates, WANTS_TEXT=outputs.text_to_image.numel() > 0,
+        CANDIDATES=candidates, SHARED=left > 0, WANTS_TEXT=outputs.text_to_image.numel() > 0,
         WANTS_IMAGE=outputs.image_to_text.numel() > 0, ARGMAX=argmax,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

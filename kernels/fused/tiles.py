@@ -16,6 +16,7 @@ import triton
 SMALLEST_SLOT = 8
 SMALLEST_BLOCK = 16  # the narrowest matrix product that every target has
 LONGEST_PIECE = 32  # bags of one text that lie side by side in a backward tile
+FEWEST_SHARING = 4  # images whose leftover rows are worth gathering in one tile
 FEW_COLUMNS = 32  # up to here a launch waits for memory, not for the matrix units
 
 
@@ -139,6 +140,19 @@ def images_per_program(device: torch.device, groups: int, n_images: int, limit: 
         sms = torch.cuda.get_device_properties(device).multi_processor_count
     run = min(16, groups * n_images // (16 * sms))
     return max(run, 1, triton.cdiv(n_images, limit))
+
+
+def leftovers(tile: Tile, n_patches: int, run: int) -> tuple[int, int]:
+    """Rows of an image that share a tile with those of others, 0 for none; images of a program.
+
+    The rows that whole tiles leave over would take a tile of their own. Where they are few, a
+    program gathers those of all its images in one tile, two rows of it for each.
+    """
+    left = n_patches % tile.block_p
+    room = tile.block_p // (2 * left) if left else 0
+    if room < FEWEST_SHARING or run == 1:
+        return 0, run
+    return left, min(run, room)
 
 
 def family_of(device: torch.device) -> str:
