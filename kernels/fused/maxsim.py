@@ -128,6 +128,13 @@ def best_bags(
 
 
 @triton.jit
+def fold_sums(best, keep, BLOCK_P: tl.constexpr, GROUP: tl.constexpr):
+    """Sums of rows r and r + 8 that count [BLOCK_P / 16, 8, GROUP]."""
+    best = tl.where(keep[:, None], best, 0.0)
+    return tl.sum(tl.reshape(best, (BLOCK_P // 16, 2, 8, GROUP)), 1)
+
+
+@triton.jit
 def best_patches(
     tile, run, place, first,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, ARGMAX: tl.constexpr
@@ -248,7 +255,7 @@ def gather_leftovers(
     run = reduce_max(tl.reshape(tile, (BLOCK_P // 16, 2, 8, BLOCK_N)), 1)
     used = tl.reshape(keep.to(tl.int32), (BLOCK_P // 16, 2, 8))
     run = tl.where((tl.max(used, 1) > 0)[:, :, None], run, float("-inf"))
-    best = tl.zeros((BLOCK_P, GROUP), tl.float32)
+    sums = tl.zeros((BLOCK_P // 16, 8, GROUP), tl.float32)
     if WANTS_IMAGE:
         keep = keep & (line % 16 < 8)
         best, pick = best_bags(tile, count, BLOCK_P, GROUP, SLOT, ARGMAX)
@@ -261,8 +268,8 @@ def gather_leftovers(
                 count, n_bags, keep, TEXT_MASK, ZERO)  # fmt: skip
         if ZERO and TEXT_MASK:
             best = nan_max(best, floor[None, :])
-        best = tl.where(keep[:, None], best, 0.0)
-    return run, best
+        sums = fold_sums(best, keep, BLOCK_P, GROUP)
+    return run, sums
 
 
 @triton.jit
@@ -275,9 +282,9 @@ def add_leftovers(
 
     They come last: where they equal the maximum of a whole tile, the lower position stays.
     """
+    top = tl.arange(0, BLOCK_P // 16)[:, None, None]
+    pair = top * 8 + tl.arange(0, 8)[None, :, None]
     if WANTS_TEXT:
-        top = tl.arange(0, BLOCK_P // 16)[:, None, None]
-        pair = top * 8 + tl.arange(0, 8)[None, :, None]
         theirs = tl.where(pair // left == rank, leftovers[0], float("-inf"))
         if ARGMAX:
             # flush_patches adds a row's position in its tile
@@ -285,9 +292,7 @@ def add_leftovers(
             place = tl.where(theirs > run, first, place)
         run = nan_max(run, theirs)
     if WANTS_IMAGE:
-        line = tl.arange(0, BLOCK_P)
-        pair = line // 16 * 8 + line % 8
-        sums += tl.where((pair // left == rank)[:, None], leftovers[1], 0.0)
+        sums += tl.where(pair // left == rank, leftovers[1], 0.0)
     return run, place, sums
 
 
@@ -311,7 +316,7 @@ def stream_image(
         length = tl.load(plan[1] + item)
     run = tl.full((BLOCK_P // 16, 8, BLOCK_N), float("-inf"), tl.float32)
     place = tl.zeros((BLOCK_P // 16, 8, BLOCK_N), tl.int32)
-    sums = tl.zeros((BLOCK_P, GROUP), tl.float32)
+    sums = tl.zeros((BLOCK_P // 16, 8, GROUP), tl.float32)
     end = length
     if SHARED:
         end = tl.where(length % BLOCK_P <= left, length - length % BLOCK_P, length)
@@ -330,7 +335,7 @@ def stream_image(
                     n_bags, keep, TEXT_MASK, ZERO)  # fmt: skip
             if ZERO and TEXT_MASK:
                 best = nan_max(best, floor[None, :])
-            sums += tl.where(keep[:, None], best, 0.0)
+            sums += fold_sums(best, keep, BLOCK_P, GROUP)
         if WANTS_TEXT:
             run, place = best_patches(tile, run, place, first, BLOCK_P, BLOCK_N, ARGMAX)
     if SHARED:
@@ -338,7 +343,7 @@ def stream_image(
             run, place, sums, leftovers, rank, end, left, BLOCK_P, WANTS_TEXT, WANTS_IMAGE, ARGMAX
         )
     best, pick = flush_patches(run, place, length, BLOCK_P, BLOCK_N, ARGMAX)
-    return best, pick, tl.sum(sums, 0), length
+    return best, pick, tl.sum(tl.reshape(sums, (BLOCK_P // 2, GROUP)), 0), length
 
 
 # a kernel is compiled for a width and its strides, never again for another batch

@@ -150,7 +150,8 @@ def leftovers(tile: Tile, n_patches: int, run: int) -> tuple[int, int]:
     """
     left = n_patches % tile.block_p
     room = tile.block_p // (2 * left) if left else 0
-    if room < FEWEST_SHARING or run == 1:
+    import os
+    if os.environ.get('NOSHARE') or room < FEWEST_SHARING or run == 1:
         return 0, run
     return left, min(run, room)
 
