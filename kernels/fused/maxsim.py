@@ -223,11 +223,10 @@ def store_patch_choice(
 
 @triton.jit
 def gather_leftovers(
-    image, item, start, stop, n_images, n_patches, left, image_stride, patch_stride, plan, width,
-    texts, features, choices,
+    image, item, start, stop, n_patches, left, image_stride, patch_stride, plan, width,
+    count, floor, features,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SHAPE: tl.constexpr,
-    TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr, ZERO: tl.constexpr,
-    CANDIDATES: tl.constexpr, WANTS_IMAGE: tl.constexpr, ARGMAX: tl.constexpr
+    IMAGE_MASK: tl.constexpr, FLOOR: tl.constexpr, WANTS_IMAGE: tl.constexpr
 ):  # fmt: skip
     """One tile of the rows that the whole tiles of each image of the run leave over.
 
@@ -236,7 +235,6 @@ def gather_leftovers(
     -inf in idle pairs, and the patches' maxima over bags [BLOCK_P, GROUP], 0 in idle rows.
     """
     GROUP: tl.constexpr = BLOCK_N // SLOT
-    owner, live, count, floor, n_bags, n_texts, text_plan = texts
     line = tl.arange(0, BLOCK_P)
     pair = line // 16 * 8 + line % 8
     member = start + pair // left
@@ -258,42 +256,20 @@ def gather_leftovers(
     sums = tl.zeros((BLOCK_P // 16, 8, GROUP), tl.float32)
     if WANTS_IMAGE:
         keep = keep & (line % 16 < 8)
-        best, pick = best_bags(tile, count, BLOCK_P, GROUP, SLOT, ARGMAX)
-        if ARGMAX:
-            score = member[:, None] * n_texts + owner[None, :]
-            if CANDIDATES:
-                score = member[:, None] + owner[None, :] * n_images
-            store_bag_choice(
-                choices + score * n_patches + row[:, None], pick, best, text_plan, owner, live,
-                count, n_bags, keep, TEXT_MASK, ZERO)  # fmt: skip
-        if ZERO and TEXT_MASK:
+        best, _ = best_bags(tile, count, BLOCK_P, GROUP, SLOT, False)
+        if FLOOR:
             best = nan_max(best, floor[None, :])
         sums = fold_sums(best, keep, BLOCK_P, GROUP)
     return run, sums
 
 
 @triton.jit
-def add_leftovers(
-    run, place, sums, leftovers, rank, whole, left,
-    BLOCK_P: tl.constexpr, WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr,
-    ARGMAX: tl.constexpr
-):  # fmt: skip
-    """Fold the rows of image ``rank`` of the run, which begin at position ``whole``, into its own.
-
-    They come last: where they equal the maximum of a whole tile, the lower position stays.
-    """
-    top = tl.arange(0, BLOCK_P // 16)[:, None, None]
-    pair = top * 8 + tl.arange(0, 8)[None, :, None]
-    if WANTS_TEXT:
-        theirs = tl.where(pair // left == rank, leftovers[0], float("-inf"))
-        if ARGMAX:
-            # flush_patches adds a row's position in its tile
-            first = whole + pair % left - (pair + top * 8)
-            place = tl.where(theirs > run, first, place)
-        run = nan_max(run, theirs)
-    if WANTS_IMAGE:
-        sums += tl.where(pair // left == rank, leftovers[1], 0.0)
-    return run, place, sums
+def add_leftovers(run, sums, leftovers, rank, left, BLOCK_P: tl.constexpr):
+    """Fold the leftover rows of image ``rank`` of the run into that image's maxima and sums."""
+    pair = tl.arange(0, BLOCK_P // 16)[:, None, None] * 8 + tl.arange(0, 8)[None, :, None]
+    mine = pair // left == rank
+    run = nan_max(run, tl.where(mine, leftovers[0], float("-inf")))
+    return run, sums + tl.where(mine, leftovers[1], 0.0)
 
 
 @triton.jit
@@ -310,7 +286,7 @@ def stream_image(
     [GROUP] and the number of patches that count.
     """
     GROUP: tl.constexpr = BLOCK_N // SLOT
-    owner, live, count, floor, n_bags, n_texts, text_plan = texts
+    owner, live, count, floor, n_bags, text_plan = texts
     length = n_patches
     if IMAGE_MASK:
         length = tl.load(plan[1] + item)
@@ -339,9 +315,7 @@ def stream_image(
         if WANTS_TEXT:
             run, place = best_patches(tile, run, place, first, BLOCK_P, BLOCK_N, ARGMAX)
     if SHARED:
-        run, place, sums = add_leftovers(
-            run, place, sums, leftovers, rank, end, left, BLOCK_P, WANTS_TEXT, WANTS_IMAGE, ARGMAX
-        )
+        run, sums = add_leftovers(run, sums, leftovers, rank, left, BLOCK_P)
     best, pick = flush_patches(run, place, length, BLOCK_P, BLOCK_N, ARGMAX)
     return best, pick, tl.sum(tl.reshape(sums, (BLOCK_P // 2, GROUP)), 0), length
 
@@ -381,7 +355,7 @@ def maxsim_forward_kernel(
     bags = (col_owner * text_stride + bag.to(tl.int64) * bag_stride) * UNIT
     features = resident(text, bags, width, SHAPE)
     floor = tl.where(count < n_bags, 0.0, float("-inf"))
-    texts = owner, live, count, floor, n_bags, n_texts, text_plan
+    texts = owner, live, count, floor, n_bags, text_plan
     list_item = tl.zeros((), tl.int64)
     if CANDIDATES:
         list_item = tl.cast(first, tl.int64) * n_images
@@ -391,9 +365,9 @@ def maxsim_forward_kernel(
     leftovers = (0, 0)
     if SHARED:
         leftovers = gather_leftovers(
-            image, list_item, start, stop, n_images, n_patches, left, image_stride, patch_stride,
-            image_plan, width, texts, features, image_argmax, BLOCK_P, BLOCK_N, SLOT, SHAPE,
-            TEXT_MASK, IMAGE_MASK, ZERO, CANDIDATES, WANTS_IMAGE, ARGMAX)  # fmt: skip
+            image, list_item, start, stop, n_patches, left, image_stride, patch_stride, image_plan,
+            width, count, floor, features, BLOCK_P, BLOCK_N, SLOT, SHAPE,
+            IMAGE_MASK, ZERO and TEXT_MASK, WANTS_IMAGE)  # fmt: skip
     for i in range(start, stop):
         item, pair = list_item + i, tl.cast(i, tl.int64) * n_texts + owner
         if CANDIDATES:

@@ -172,7 +172,7 @@ def _launch(
     strides = text.stride(0), text.stride(1), image.stride(0), image.stride(-3), image.stride(-2)
     unit = tiles.common_unit(width, *strides)
     run = tiles.images_per_program(text.device, groups, n_images, LARGEST_GRID)
-    left, run = tiles.leftovers(tile, n_patches, run)
+    left, run = (0, run) if argmax else tiles.leftovers(tile, n_patches, run)
     maxsim_forward_kernel[(groups, triton.cdiv(n_images, run))](
         text, image, tuple(plans[0]), tuple(plans[1]), order, bounds, *outputs,
         n_texts, n_images, n_bags, n_patches, width // unit, run, left,
