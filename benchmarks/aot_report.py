@@ -58,6 +58,9 @@ TARGETS = {
     "sm_80": Target("A100", 80, "sm_80", 108, 1.41, 2.0, 4.5, 2048, 164 << 10),
     "sm_90": Target("H200", 90, "sm_90", 132, 1.83, 4.8, 5.5, 4096, 228 << 10),
     "sm_100": Target("B200", 100, "sm_100", 148, 1.85, 7.7, 8.0, 8192, 228 << 10),
+    "sm_86": Target("A10", 86, "small", 72, 1.695, 0.6, 2.0, 1024, 100 << 10),
+    "sm_89": Target("L40S", 89, "small", 142, 2.52, 0.864, 4.0, 1024, 100 << 10),
+    "sm_120": Target("RTX 5090", 120, "small", 170, 2.41, 1.79, 5.0, 512, 100 << 10),
 }
 
 
@@ -153,9 +156,10 @@ def _work(launch: Launch, shape: dict[str, int]) -> Work:
         head, tail, step, *_ = const["SHAPE"]
         depth = -(-shape["width"] // step) * step if step else head + tail
         streamed = (rows + (cols if step else 0)) * depth * size
-        return Work(
-            launch.grid[0] * shape["images"] * tiles_of_image, 2.0 * rows * cols * depth, streamed
-        )
+        rounds = shape["images"] * tiles_of_image
+        if const["SHARED"]:  # leftover rows take one tile a program
+            rounds = shape["images"] * (shape["patches"] // rows) + launch.grid[1]
+        return Work(launch.grid[0] * rounds, 2.0 * rows * cols * depth, streamed)
     span = const["SPAN"]
     if launch.name == "grad_text_kernel":
         trips = launch.grid[0] * launch.grid[1] * shape["images"] * tiles_of_image
@@ -173,11 +177,11 @@ def _clocks(code: Code, launch: Launch, target: Target, shape: dict[str, int], w
     if not code.mma:
         rate = 256  # 128 fused multiply-adds a clock outside the matrix units
     matrix = work.flops / rate
-    step = (launch.constants.get("SHAPE") or (0, 0, 0))[2]
+    _, tail, step = (launch.constants.get("SHAPE") or (0, 0, 0))[:3]
     rounds = -(-shape["width"] // step) if step else 1
     vector = code.vector_cycles(rounds) * launch.warps / 4
     l2 = work.bytes / (target.l2_terabytes * 1e3 / target.sms / target.ghz)
-    latency = 900 if launch.stages == 1 else 120
+    latency = 120 if launch.stages > 1 else 1800 if tail else 900
     resident = max(1, _programs_per_sm(code, launch, target))
     return max(matrix, vector, l2, (matrix + vector + latency) / resident)
 
@@ -209,11 +213,17 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 
 
 def _forward(shape: dict[str, int], dtype: torch.dtype, argmax: bool, form: str = "") -> None:
-    lead = (shape["texts"], shape["images"]) if form == "candidates" else (shape["images"],)
+    """``form``: candidates, sorted (a text mask), masked (both sides), zero (both, mode "zero")."""
+    lead = (shape["texts"], shape["images"]) if "candidates" in form else (shape["images"],)
+    both = "masked" in form or "zero" in form
+    text_mask = _empty(shape["texts"], shape["bags"], dtype=torch.bool)
+    image_mask = _empty(*lead, shape["patches"], dtype=torch.bool)
     scoring.maxsim_forward(
         _empty(shape["texts"], shape["bags"], shape["width"], dtype=dtype),
         _empty(*lead, shape["patches"], shape["width"], dtype=dtype),
-        _empty(shape["texts"], shape["bags"], dtype=torch.bool) if form == "sorted" else None,
+        text_mask if both or form == "sorted" else None,
+        image_mask if both else None,
+        "zero" if "zero" in form else "exclude",
         want_argmax=argmax,
     )
 
@@ -302,11 +312,53 @@ def cases(full: bool) -> list[tuple[str, dict[str, int], Callable[[dict[str, int
     return listed
 
 
+def forward_cases(
+    family: str,
+) -> list[tuple[str, dict[str, int], Callable[[dict[str, int]], None]]]:
+    """Rows of the forward tables that ``cases`` leaves out: every width class, slots, masks."""
+    small = family == "small"
+    batch = {"texts": 1024, "bags": 25, "images": 1024, "patches": 257, "itemsize": 2}
+    rerank = {"texts": 32, "images": 100}
+    kinds: list[tuple[dict[str, int], bool, str]] = [
+        ({"width": 128}, True, "zero"),
+        ({"width": 256}, True, "zero"),
+        ({"width": 256}, False, "zero"),
+        ({"width": 256, **rerank}, True, "zero candidates"),
+        ({"width": 768}, True, ""),
+    ]
+    if small:
+        kinds += [({"width": width}, False, "") for width in (128, 256, 768)]
+        kinds += [({"width": 256}, True, "")]
+    else:
+        kinds += [
+            ({"width": 256, "patches": 256}, False, ""),
+            ({"width": 256, "bags": 128}, True, "masked"),
+            ({"width": 384}, False, "zero"),
+            ({"width": 384}, True, "zero"),
+            ({"width": 512}, False, ""),
+            ({"width": 512}, True, "zero"),
+        ]
+    listed = []
+    for change, argmax, form in kinds:
+        shape = {**batch, **change}
+        words = [f"bf16 D={shape['width']}"] + ["argmax"] * argmax
+        words += [f"{shape[name]} {name}" for name in ("bags", "patches") if name in change]
+        listed.append(
+            (
+                " ".join([*words, form]).strip(),
+                shape,
+                lambda s, a=argmax, f=form: _forward(s, torch.bfloat16, a, f),
+            )
+        )
+    return listed
+
+
 def report(target_name: str, full: bool = True) -> list[Row]:
     """One row for each kernel that the cases launch on a target."""
     target, rows, seen = TARGETS[target_name], [], set()
     with compiling_for(target) as launches:
-        for case, shape, launch_all in cases(full):
+        listed = [] if target.family == "small" else cases(full)
+        for case, shape, launch_all in [*listed, *forward_cases(target.family)]:
             launches.clear()
             launch_all(shape)
             for launch in launches:
