@@ -133,7 +133,7 @@ def _launch(
         _launch_image(*common, bounds, slot, classes, grad_image, add)
 
 
-def _flags(grads, text, image, plans, settings) -> dict:
+def _flags(grads, text, image, plans, chosen, settings) -> dict:
     n_texts, n_bags, width = text.shape
     n_images, n_patches = image.shape[-3:-1]
     widest = n_texts * max(n_images * n_bags, n_patches, n_bags * width, text.stride(0))
@@ -149,7 +149,14 @@ def _flags(grads, text, image, plans, settings) -> dict:
         "SCALED": text.dtype == torch.float16,
         "PRECISION": settings[1],
         "WIDE": widest >= 1 << 31,
+        "PACKED": text.dtype.itemsize == 2 and _narrow(grads, chosen),
     }
+
+
+def _narrow(grads, chosen) -> bool:
+    """Whether the indices that are used fit in 15 bits, so that two are compared at once."""
+    used = [index for grad, index in zip(grads, chosen, strict=True) if grad is not None]
+    return all(index.dtype.itemsize <= 2 for index in used)
 
 
 def _launch_text(grads, text, image, plans, chosen, settings, order, bounds, slot, out) -> None:
@@ -169,7 +176,7 @@ def _launch_text(grads, text, image, plans, chosen, settings, order, bounds, slo
         *(stride // unit for stride in strides),
         UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, SLOT=slot, SPAN=tile.span,
         WHOLE=width % tile.span == 0, CUT=pieces > 1, ORDERED=order is not None,
-        **_flags(grads, text, image, plans, settings),
+        **_flags(grads, text, image, plans, chosen, settings),
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
 
@@ -194,6 +201,6 @@ def _launch_image(
         UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n,
         SLOT=tiles.SMALLEST_SLOT if classes else slot, CLASSES=classes, SPAN=tile.span,
         WHOLE=width % tile.span == 0, CUT=pieces > 1, ADD=add,
-        **_flags(grads, text, image, plans, settings),
+        **_flags(grads, text, image, plans, chosen, settings),
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip

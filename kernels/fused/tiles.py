@@ -90,20 +90,21 @@ FORWARD_IEEE = (32, 64, 16, 4, 1)
 FORWARD_TF32 = {"sm_80": (64, 64, 32, 4, 3), "small": (64, 64, 32, 4, 2)}
 FORWARD_TF32_ELSE = (64, 128, 32, 4, 3)
 
-# The owner's rows times 256 features are the accumulator: 128 registers a thread at 4 warps, 64
-# at 8 warps with a cap of 128, which keeps two programs on a multiprocessor either way.
+# The accumulator, the owner's rows times the span, lives in registers, 128 a thread; blackwell's
+# in tensor memory. The more rows a program owns, the less it reads from L2: 128, and as many
+# features as leave two programs on a multiprocessor.
 TEXT_GRADIENT = {
-    "sm_80": GradientTile(32, 32, 256, 4, 2),  # with 64 rows mma.sync's operands spill
-    "sm_90": GradientTile(32, 64, 256, 4, 2),  # eight warps under a cap spill with masks
-    "sm_100": GradientTile(32, 64, 256, 4, 2),
-    "small": GradientTile(32, 32, 128, 4, 2),
+    "sm_80": GradientTile(32, 128, 128, 4, 2),
+    "sm_90": GradientTile(32, 128, 128, 4, 2),
+    "sm_100": GradientTile(32, 128, 256, 4, 2),
+    "small": GradientTile(32, 128, 128, 4, 2),
     "interpreter": GradientTile(32, 64, 64, 4, 1),
 }
 IMAGE_GRADIENT = {
-    "sm_80": GradientTile(32, 32, 256, 4, 2),
-    "sm_90": GradientTile(64, 32, 256, 8, 2, 128),  # 64 bags a round spill under the cap
-    "sm_100": GradientTile(64, 32, 256, 8, 2, 128),
-    "small": GradientTile(32, 32, 128, 4, 2),
+    "sm_80": GradientTile(128, 32, 128, 4, 2),
+    "sm_90": GradientTile(128, 32, 128, 4, 2),
+    "sm_100": GradientTile(128, 32, 256, 4, 2),
+    "small": GradientTile(128, 32, 128, 4, 2),
     "interpreter": GradientTile(32, 64, 64, 4, 1),
 }
 TEXT_GRADIENT_FP32 = GradientTile(16, 64, 64, 4, 1)
