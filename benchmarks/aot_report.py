@@ -208,15 +208,20 @@ def _forward(shape: dict[str, int], dtype: torch.dtype, argmax: bool, form: str 
     )
 
 
-def _backward(shape: dict[str, int], dtype: torch.dtype, masked: bool = False) -> None:
+def _backward(shape: dict[str, int], dtype: torch.dtype, form: str = "") -> None:
+    """``form``: words among text masks, image masks, mean (with float32 gradients), candidates."""
     texts, bags, images = shape["texts"], shape["bags"], shape["images"]
     patches, width = shape["patches"], shape["width"]
+    lead = (texts, images) if "candidates" in form else (images,)
+    turned = (texts, images) if "candidates" in form else (images, texts)
     gradients.maxsim_backward(
-        _empty(texts, images), _empty(images, texts),
-        _empty(texts, bags, width, dtype=dtype), _empty(images, patches, width, dtype=dtype),
-        _empty(texts, bags, dtype=torch.bool) if masked else None,
+        _empty(texts, images), _empty(*turned),
+        _empty(texts, bags, width, dtype=dtype), _empty(*lead, patches, width, dtype=dtype),
+        _empty(texts, bags, dtype=torch.bool) if "text masks" in form else None,
+        _empty(*lead, patches, dtype=torch.bool) if "image masks" in form else None,
         text_argmax=_empty(texts, images, bags, dtype=scoring.index_dtype(patches)),
-        image_argmax=_empty(images, texts, patches, dtype=scoring.index_dtype(bags)),
+        image_argmax=_empty(*turned, patches, dtype=scoring.index_dtype(bags)),
+        mean="mean" in form, wide="mean" in form,
     )  # fmt: skip
 
 
@@ -258,20 +263,27 @@ def cases(full: bool) -> list[tuple[str, dict[str, int], Callable[[dict[str, int
         ("bf16 D=256, candidates", rerank, lambda s: _forward(s, bf16, False, "candidates")),
         ("fp32 D=256", full_size, lambda s: _forward(s, fp32, False)),
         ("fp32 D=256", full_size, lambda s: _backward(s, fp32)),
-        ("bf16 D=256, sorted", shape, lambda s: _backward(s, bf16, masked=True)),
+        ("bf16 D=256, sorted", shape, lambda s: _backward(s, bf16, "text masks")),
+        ("bf16 D=256, image masks, mean", shape, lambda s: _backward(s, bf16, "image masks mean")),
         ("bf16 D=256", shape, lambda s: _pool(s, bf16)),
         ("k=10", {**shape, "texts": 64}, lambda s: _topk(s, bf16)),
         ("bf16 D=256, sorted", shape, lambda s: _forward(s, bf16, False, "sorted")),
     ]
     if full:
         one = {**shape, "texts": 1, "images": 1000}
-        fp16 = torch.float16
+        fp16, every = torch.float16, "text masks, image masks, mean"
         listed += [
             ("bf16 D=256, one text", one, lambda s: _forward(s, bf16, False)),
             ("bf16 D=256, 64 bags", {**shape, "bags": 64}, lambda s: _forward(s, bf16, False)),
             ("bf16 D=256, 128 bags", {**shape, "bags": 128}, lambda s: _forward(s, bf16, False)),
             ("fp16 D=256", shape, lambda s: _forward(s, fp16, False)),
             ("fp16 D=256", shape, lambda s: _backward(s, fp16)),
+            (f"bf16 D=256, {every}", shape, lambda s: _backward(s, bf16, every)),
+            (f"fp16 D=256, {every}", shape, lambda s: _backward(s, fp16, every)),
+            ("bf16 D=256, 70 bags", {**shape, "bags": 70}, lambda s: _backward(s, bf16)),
+            ("bf16 D=256, 8 bags", short, lambda s: _backward(s, bf16)),
+            ("bf16 D=256, candidates", rerank, lambda s: _backward(s, bf16, "candidates")),
+            ("bf16 D=200", {**batch, "width": 200}, lambda s: _backward(s, bf16)),
             ("bf16 D=200", {**batch, "width": 200}, lambda s: _forward(s, bf16, False)),
         ]
     return listed

@@ -4,7 +4,7 @@ import torch
 import triton
 from bagformer.kernels import scoring, tiles
 from bagformer.kernels.maxsim_backward import grad_image_kernel, grad_text_kernel
-from bagformer.kernels.plan import NOTHING, Tokens, bucket, compact
+from bagformer.kernels.plan import NOTHING, Tokens, bucket, compact_both
 from torch import Tensor
 
 INDEX_BYTES = 256 << 20  # of indices held at a time when they are recomputed
@@ -58,7 +58,7 @@ def maxsim_backward(
     if any(missing):
         _recompute(grads, text, image, masks, mask_mode, settings, grad_text, grad_image)
     else:
-        plans = compact(text_mask), compact(image_mask)
+        plans = compact_both(text_mask, image_mask)
         _launch(grads, text, image, plans, chosen, settings, grad_text, grad_image, False)
     return grad_text, grad_image
 
@@ -90,7 +90,7 @@ def _recompute(grads, text, image, masks, mask_mode, settings, grad_text, grad_i
         )
         into = sums if image.dim() == 3 or sums.numel() == 0 else sums[part]
         own = grad_text[part] if grad_text.numel() else grad_text
-        plans = compact(word_mask), compact(picture_mask)
+        plans = compact_both(word_mask, picture_mask)
         _launch(slopes, words, pictures, plans, outputs[2:], settings, own, into, shared)
     if sums is not grad_image:
         grad_image.copy_(sums)

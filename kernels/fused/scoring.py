@@ -11,7 +11,7 @@ import triton
 from bagformer.kernels import tiles
 from bagformer.kernels.maxsim import maxsim_forward_kernel
 from bagformer.kernels.nan_argmax import nan_argmax_kernel
-from bagformer.kernels.plan import NOTHING, Tokens, bucket, compact
+from bagformer.kernels.plan import NOTHING, Tokens, bucket, compact_both
 from torch import Tensor
 
 LONGEST_SLOT = 128  # a text of more bags is cut into pieces of this many
@@ -110,7 +110,7 @@ def maxsim_forward(
 
 
 def _forward(text, image, masks, options: Options, outputs: Outputs) -> None:
-    plans = compact(masks[0]), compact(masks[1])
+    plans = compact_both(*masks)
     for index, mask in zip(outputs[2:], masks, strict=True):
         if mask is not None:
             _fill_none(index)
