@@ -153,7 +153,9 @@ def _work(launch: Launch, shape: dict[str, int]) -> Work:
         trips = launch.grid[0] * launch.grid[1] * shape["images"] * tiles_of_image
         return Work(trips, 2.0 * rows * cols * span, rows * span * size)
     programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
-    trips = programs * -(-shape["texts"] // (cols // tiles.slot_of(shape["bags"])))
+    slot = min(tiles.slot_of(shape["bags"]), tiles.LONGEST_PIECE)
+    pieces = (1 if const["CANDIDATES"] else shape["texts"]) * -(-shape["bags"] // slot)
+    trips = programs * -(-pieces // max(cols // slot, 1))
     return Work(trips, 2.0 * rows * cols * span, cols * span * size)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 
 import pytest
-import torch
 from bagformer.kernels import scoring
 from support.makers import features, masks
 

@@ -82,7 +82,11 @@ def test_matches_autograd(device, shape, dtype):
 # one past the owned rows, the streamed rows and the span of each table: 128 rows are 4 texts of 25
 @pytest.mark.parametrize(
     "family,shape",
-    [("interpreter", (9, 8, 3, 65, 72)), ("sm_90", (5, 25, 2, 129, 136)), ("sm_100", (1, 9, 9, 33, 264))],
+    [
+        ("interpreter", (9, 8, 3, 65, 72)),
+        ("sm_90", (5, 25, 2, 129, 136)),
+        ("sm_100", (1, 9, 9, 33, 264)),
+    ],
 )
 @pytest.mark.parametrize("dtype,masked", [(torch.bfloat16, False), (torch.float16, True)])
 def test_one_past_each_edge_of_a_tile(device, monkeypatch, family, shape, dtype, masked):
