@@ -266,7 +266,6 @@ def cases(full: bool) -> list[tuple[str, dict[str, int], Callable[[dict[str, int
         ("fp32 D=256", full_size, lambda s: _forward(s, fp32, False)),
         ("fp32 D=256", full_size, lambda s: _backward(s, fp32)),
         ("bf16 D=256, sorted", shape, lambda s: _backward(s, bf16, "text masks")),
-        ("bf16 D=256, image masks, mean", shape, lambda s: _backward(s, bf16, "image masks mean")),
         ("bf16 D=256", shape, lambda s: _pool(s, bf16)),
         ("k=10", {**shape, "texts": 64}, lambda s: _topk(s, bf16)),
         ("bf16 D=256, sorted", shape, lambda s: _forward(s, bf16, False, "sorted")),
@@ -280,6 +279,12 @@ def cases(full: bool) -> list[tuple[str, dict[str, int], Callable[[dict[str, int
             ("bf16 D=256, 128 bags", {**shape, "bags": 128}, lambda s: _forward(s, bf16, False)),
             ("fp16 D=256", shape, lambda s: _forward(s, fp16, False)),
             ("fp16 D=256", shape, lambda s: _backward(s, fp16)),
+            # spill by a few instructions on sm_80 and sm_100: docs/kernels.md lists them
+            (
+                "bf16 D=256, image masks, mean",
+                shape,
+                lambda s: _backward(s, bf16, "image masks mean"),
+            ),
             (f"bf16 D=256, {every}", shape, lambda s: _backward(s, bf16, every)),
             (f"fp16 D=256, {every}", shape, lambda s: _backward(s, fp16, every)),
             ("bf16 D=256, 70 bags", {**shape, "bags": 70}, lambda s: _backward(s, bf16)),

@@ -1,11 +1,10 @@
 """Which tile each kernel uses on which GPU: plain tables, read once a launch, no autotuning.
 
 Rows were chosen from compiled code (``benchmarks/aot_report.py``): no spills in the configurations
-that it lists with Triton 3.8, and, where the shared memory allows, two programs or more on a
-multiprocessor, so that one's matrix products overlap the other's maxima. Not clean: on sm_90, masks
-on both sides spill in the backward (about 20 instructions) and in the forward with indices in slots
-of 8; Triton 3.6 spills up to 10 instructions on sm_100 with masks or candidates. None has been
-timed.
+that the tests compile with Triton 3.8, and, where the shared memory allows, two programs or more on
+a multiprocessor, so that one's matrix products overlap the other's maxima. Not clean: the image
+gradient on sm_100 with image masks, and some backward cases on sm_80 (docs/kernels.md lists them);
+on sm_90 the forward with indices in slots of 8. None has been timed.
 """
 
 from typing import Any, NamedTuple
