@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,15 +27,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bagformer.kernels import (
-    bag_pool,
-    gradients,
-    maxsim_quantized,
-    normalize,
-    scoring,
-    tiles,
-    topk,
-)
+from aot_cases import cases, forward_cases
+from bagformer.kernels import tiles
 from machine_code import Code, disassemble
 
 
@@ -165,7 +158,9 @@ def _work(launch: Launch, shape: dict[str, int]) -> Work:
         trips = launch.grid[0] * launch.grid[1] * shape["images"] * tiles_of_image
         return Work(trips, 2.0 * rows * cols * span, rows * span * size)
     programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
-    trips = programs * -(-shape["texts"] // (cols // tiles.slot_of(shape["bags"])))
+    slot = min(tiles.slot_of(shape["bags"]), tiles.LONGEST_PIECE)
+    pieces = (1 if const["CANDIDATES"] else shape["texts"]) * -(-shape["bags"] // slot)
+    trips = programs * -(-pieces // max(cols // slot, 1))
     return Work(trips, 2.0 * rows * cols * span, cols * span * size)
 
 
@@ -208,157 +203,13 @@ def _describe(launch: Launch, case: str) -> str:
     return ", ".join([*parts, f"warps {launch.warps} stages {launch.stages}"])
 
 
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _forward(shape: dict[str, int], dtype: torch.dtype, argmax: bool, form: str = "") -> None:
-    """``form``: candidates, sorted (a text mask), masked (both sides), zero (both, mode "zero")."""
-    lead = (shape["texts"], shape["images"]) if "candidates" in form else (shape["images"],)
-    both = "masked" in form or "zero" in form
-    text_mask = _empty(shape["texts"], shape["bags"], dtype=torch.bool)
-    image_mask = _empty(*lead, shape["patches"], dtype=torch.bool)
-    scoring.maxsim_forward(
-        _empty(shape["texts"], shape["bags"], shape["width"], dtype=dtype),
-        _empty(*lead, shape["patches"], shape["width"], dtype=dtype),
-        text_mask if both or form == "sorted" else None,
-        image_mask if both else None,
-        "zero" if "zero" in form else "exclude",
-        want_argmax=argmax,
-    )
-
-
-def _quantized(shape: dict[str, int], dtype: torch.dtype, masked: bool = False) -> None:
-    texts, bags, images, patches = (shape[x] for x in ("texts", "bags", "images", "patches"))
-    maxsim_quantized.maxsim_quantized_forward(
-        _empty(texts, bags, shape["width"], dtype=torch.bfloat16),
-        _empty(images, patches, shape["width"], dtype=dtype),
-        _empty(images, patches),
-        image_mask=_empty(images, patches, dtype=torch.bool) if masked else None,
-    )
-
-
-def _backward(shape: dict[str, int], dtype: torch.dtype, masked: bool = False) -> None:
-    texts, bags, images = shape["texts"], shape["bags"], shape["images"]
-    patches, width = shape["patches"], shape["width"]
-    gradients.maxsim_backward(
-        _empty(texts, images), _empty(images, texts),
-        _empty(texts, bags, width, dtype=dtype), _empty(images, patches, width, dtype=dtype),
-        _empty(texts, bags, dtype=torch.bool) if masked else None,
-        text_argmax=_empty(texts, images, bags, dtype=scoring.index_dtype(patches)),
-        image_argmax=_empty(images, texts, patches, dtype=scoring.index_dtype(bags)),
-    )  # fmt: skip
-
-
-def _pool(shape: dict[str, int], dtype: torch.dtype) -> None:
-    texts, bags, width = shape["texts"], shape["bags"], shape["width"]
-    hidden = _empty(texts, bags, width, dtype=dtype)
-    offsets = _empty(texts, bags + 1, dtype=torch.int32)
-    mask = _empty(texts, bags, dtype=torch.bool)
-    bag_pool.bag_pool_forward(hidden, offsets, mask, True)
-    bag_pool.bag_pool_backward(hidden, hidden, offsets, mask, hidden.shape[1])
-    normalize.l2_normalize_forward(hidden)
-    normalize.l2_normalize_backward(hidden, hidden)
-
-
-def _topk(shape: dict[str, int], dtype: torch.dtype) -> None:
-    text = _empty(shape["texts"], shape["bags"], shape["width"], dtype=dtype)
-    image = _empty(shape["images"], shape["patches"], shape["width"], dtype=dtype)
-    topk.maxsim_topk(text, image, 10)
-
-
-def cases(full: bool) -> list[tuple[str, dict[str, int], Callable[[dict[str, int]], None]]]:
-    """Name, shape and launch of each case; without ``full``, those that the tests compile."""
-    batch = {"texts": 1024, "bags": 25, "images": 1024, "patches": 257, "itemsize": 2}
-    bf16, fp32 = torch.bfloat16, torch.float32
-    listed = []
-    widths = (64, 96, 128, 192, 256, 384, 512, 768) if full else (128, 256, 768)
-    for width in widths:
-        shape = {**batch, "width": width}
-        listed.append((f"bf16 D={width}", shape, lambda s: _forward(s, bf16, False)))
-        if full or width == 256:
-            listed.append((f"bf16 D={width} argmax", shape, lambda s: _forward(s, bf16, True)))
-        if full or width != 768:
-            listed.append((f"bf16 D={width}", shape, lambda s: _backward(s, bf16)))
-    shape = {**batch, "width": 256}
-    full_size = {**shape, "itemsize": 4}
-    short, rerank = {**shape, "bags": 8}, {**shape, "texts": 32, "images": 100}
-    listed += [
-        ("bf16 D=256, 8 bags", short, lambda s: _forward(s, bf16, False)),
-        ("bf16 D=256, candidates", rerank, lambda s: _forward(s, bf16, False, "candidates")),
-        ("fp32 D=256", full_size, lambda s: _forward(s, fp32, False)),
-        ("fp32 D=256", full_size, lambda s: _backward(s, fp32)),
-        ("bf16 D=256, sorted", shape, lambda s: _backward(s, bf16, masked=True)),
-        ("bf16 D=256", shape, lambda s: _pool(s, bf16)),
-        ("k=10", {**shape, "texts": 64}, lambda s: _topk(s, bf16)),
-        ("bf16 D=256, sorted", shape, lambda s: _forward(s, bf16, False, "sorted")),
-    ]
-    for name, stored in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
-        listed += [
-            (f"{name} D=256", shape, lambda s, stored=stored: _quantized(s, stored)),
-            (f"{name} D=256, masked", shape, lambda s, stored=stored: _quantized(s, stored, True)),
-        ]
-    if full:
-        one = {**shape, "texts": 1, "images": 1000}
-        fp16 = torch.float16
-        listed += [
-            ("bf16 D=256, one text", one, lambda s: _forward(s, bf16, False)),
-            ("bf16 D=256, 64 bags", {**shape, "bags": 64}, lambda s: _forward(s, bf16, False)),
-            ("bf16 D=256, 128 bags", {**shape, "bags": 128}, lambda s: _forward(s, bf16, False)),
-            ("fp16 D=256", shape, lambda s: _forward(s, fp16, False)),
-            ("fp16 D=256", shape, lambda s: _backward(s, fp16)),
-            ("bf16 D=200", {**batch, "width": 200}, lambda s: _forward(s, bf16, False)),
-        ]
-    return listed
-
-
-def forward_cases(
-    family: str,
-) -> list[tuple[str, dict[str, int], Callable[[dict[str, int]], None]]]:
-    """Rows of the forward tables that ``cases`` leaves out: every width class, slots, masks."""
-    small = family == "small"
-    batch = {"texts": 1024, "bags": 25, "images": 1024, "patches": 257, "itemsize": 2}
-    rerank = {"texts": 32, "images": 100}
-    kinds: list[tuple[dict[str, int], bool, str]] = [
-        ({"width": 128}, True, "zero"),
-        ({"width": 256}, True, "zero"),
-        ({"width": 256}, False, "zero"),
-        ({"width": 256, **rerank}, True, "zero candidates"),
-        ({"width": 768}, True, ""),
-    ]
-    if small:
-        kinds += [({"width": width}, False, "") for width in (128, 256, 768)]
-        kinds += [({"width": 256}, True, "")]
-    else:
-        kinds += [
-            ({"width": 256, "patches": 256}, False, ""),
-            ({"width": 256, "bags": 128}, True, "masked"),
-            ({"width": 384}, False, "zero"),
-            ({"width": 384}, True, "zero"),
-            ({"width": 512}, False, ""),
-            ({"width": 512}, True, "zero"),
-        ]
-    listed = []
-    for change, argmax, form in kinds:
-        shape = {**batch, **change}
-        words = [f"bf16 D={shape['width']}"] + ["argmax"] * argmax
-        words += [f"{shape[name]} {name}" for name in ("bags", "patches") if name in change]
-        listed.append(
-            (
-                " ".join([*words, form]).strip(),
-                shape,
-                lambda s, a=argmax, f=form: _forward(s, torch.bfloat16, a, f),
-            )
-        )
-    return listed
-
-
 def report(target_name: str, full: bool = True) -> list[Row]:
     """One row for each kernel that the cases launch on a target."""
     target, rows, seen = TARGETS[target_name], [], set()
     with compiling_for(target) as launches:
         listed = [] if target.family == "small" else cases(full)
-        for case, shape, launch_all in [*listed, *forward_cases(target.family)]:
+        listed += forward_cases(target.family)
+        for case, shape, launch_all in listed:
             launches.clear()
             launch_all(shape)
             for launch in launches:

@@ -99,7 +99,7 @@ def test_what_the_operators_launch_compiles_and_fits(target, tmp_path):
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["kernel"] for row in found} == {
         *SCORING, "nan_argmax_kernel", "bag_pool_forward_kernel", "bag_pool_backward_kernel",
-        "l2_normalize_backward_kernel", "compact_kernel", "merge_kernel", "unpack_kernel",
+        "l2_normalize_backward_kernel", "compact_both_kernel", "merge_kernel", "unpack_kernel",
     }  # fmt: skip
     assert len({row["call"] for row in found}) == 7
     assert [row for row in found if row["programs_per_sm"] < 1] == []

@@ -1,9 +1,10 @@
 """Which tile each kernel uses on which GPU: plain tables, read once a launch, no autotuning.
 
 Rows were chosen from compiled code (``benchmarks/aot_report.py``): no spills in the configurations
-that it lists with Triton 3.8, and, where the shared memory allows, two programs or more on a
-multiprocessor, so that one's matrix products overlap the other's maxima. Not clean: on sm_90, masks
-on both sides spill in the backward (about 20 instructions). None has been timed.
+that the tests compile with Triton 3.8, and, where the shared memory allows, two programs or more on
+a multiprocessor, so that one's matrix products overlap the other's maxima. Not clean: the image
+gradient on sm_100 with image masks, and some backward cases on sm_80 (docs/kernels.md lists them).
+None has been timed.
 """
 
 from typing import Any, NamedTuple
@@ -40,8 +41,8 @@ class Row(NamedTuple):
     """A row of a forward table: up to which padded width and slot it serves, and its tile.
 
     ``step`` 0 keeps the texts on chip. ``registers`` caps those of a thread. ``shares``: from
-    which slot on, for plain launches and for those with image masks or floors of zero mode, images
-    may share a tile for their leftover rows (``leftovers``); 999 where that spills.
+    which slot on, for plain launches and for ``odd`` ones, images may share a tile for their
+    leftover rows (``leftovers``); 999 where that spills.
     """
 
     widest: int
@@ -72,9 +73,9 @@ FORWARD = {
     "sm_80": (
         # 64 columns: with 128, four warps of mma.sync need more than 255 registers for indices;
         # the cap stops ptxas from aiming at 128 registers, with spills, for a third program
-        Row(256, 32, 64, 64, 0, 4, 2, registers=255),
+        Row(256, 32, 64, 64, 0, 4, 2, registers=255, shares=(8, 999)),
         # one stage: 80 KB, so that two programs fit; a second use of the texts is read to registers
-        Row(384, 64, 64, 64, 0, 4, 1, shares=NEVER),
+        Row(384, 64, 64, 64, 0, 4, 1, registers=255, shares=NEVER),
         Row(ANY, ANY, 64, 128, 64, 8, 3),
     ),
     "sm_90": (
@@ -91,16 +92,16 @@ FORWARD = {
     ),
     "sm_100": (
         # a second stage spills where the width is no power of two
-        Row(256, 128, 64, 128, 0, 4, 1, shares=(8, 16)),
+        Row(256, 128, 64, 128, 0, 4, 1, shares=(16, 16)),
         # eight warps: four spill when they keep indices; at 384 two stages spill too
         Row(512, 128, 64, 128, 0, 8, 1),
         Row(ANY, ANY, 128, 128, 64, 8, 3, shares=NEVER),
     ),
     # 99 KB a program (sm_86, sm_89, sm_120), a quarter of a data centre GPU's matrix rate
     "small": (
-        Row(128, 64, 64, 64, 0, 4, 2),
+        Row(128, 64, 64, 64, 0, 4, 2, registers=255),
         Row(256, 32, 64, 32, 0, 4, 1),
-        Row(ANY, ANY, 64, 64, 64, 4, 2),
+        Row(ANY, ANY, 64, 64, 64, 4, 2, registers=255),
     ),
     "interpreter": (
         Row(256, 64, 32, 64, 0, 4, 1),
@@ -117,7 +118,10 @@ FORWARD_INDICES = {
         Row(256, 8, 64, 64, 0, 4, 1),
         Row(256, 16, 64, 128, 0, 4, 1),
         # four warps spill up to 6; capped at 128 registers, two programs of eight fit
-        Row(256, 128, 64, 128, 0, 8, 1, registers=128),
+        Row(256, 32, 64, 128, 0, 8, 1, registers=128),
+        Row(256, 128, 64, 128, 0, 4, 1),
+        # as sm_90's slots of 8
+        Row(512, 16, 64, 64, 0, 8, 1),
     ),
 }
 # float32 outside the matrix units: 16 fused multiply-adds a thread and step, 4 programs
@@ -129,20 +133,23 @@ FORWARD_TF32 = {
 }
 FORWARD_TF32_ELSE = Row(ANY, ANY, 64, 128, 32, 4, 3, shares=NEVER)
 
-# The owner's rows times 256 features are the accumulator: 128 registers a thread at 4 warps, 64
-# at 8 warps with a cap of 128, which keeps two programs on a multiprocessor either way.
+# The accumulator, the owner's rows times the span, lives in registers, 128 a thread; blackwell's
+# in tensor memory. The more rows a program owns, the less it reads from L2: 128, and as many
+# features as leave two programs on a multiprocessor.
 TEXT_GRADIENT = {
-    "sm_80": GradientTile(32, 32, 256, 4, 2),  # with 64 rows mma.sync's operands spill
-    "sm_90": GradientTile(32, 64, 256, 4, 2),  # eight warps under a cap spill with masks
-    "sm_100": GradientTile(32, 64, 256, 4, 2),
-    "small": GradientTile(32, 32, 128, 4, 2),
+    # 32 patches a round would be a fifth faster, but spill with masks and in float16
+    "sm_80": GradientTile(16, 128, 128, 4, 2),
+    "sm_90": GradientTile(32, 128, 128, 4, 2),
+    "sm_100": GradientTile(32, 128, 256, 4, 2),
+    "small": GradientTile(16, 128, 128, 4, 2),
     "interpreter": GradientTile(32, 64, 64, 4, 1),
 }
 IMAGE_GRADIENT = {
-    "sm_80": GradientTile(32, 32, 256, 4, 2),
-    "sm_90": GradientTile(64, 32, 256, 8, 2, 128),  # 64 bags a round spill under the cap
-    "sm_100": GradientTile(64, 32, 256, 8, 2, 128),
-    "small": GradientTile(32, 32, 128, 4, 2),
+    # with 32 columns, four texts in slots of 8 spill
+    "sm_80": GradientTile(128, 16, 128, 4, 2),
+    "sm_90": GradientTile(128, 32, 128, 4, 2),
+    "sm_100": GradientTile(128, 32, 256, 4, 2),
+    "small": GradientTile(128, 32, 128, 4, 2),
     "interpreter": GradientTile(32, 64, 64, 4, 1),
 }
 TEXT_GRADIENT_FP32 = GradientTile(16, 64, 64, 4, 1)
@@ -212,11 +219,12 @@ def forward_tile(
     n_texts: int,
     precision: str,
     indices: bool = False,
-    masked: bool = False,
+    odd: bool = False,
 ) -> Tile:
     """Tile for ``n_texts`` texts in slots of ``slot`` columns.
 
-    ``masked``: with a mask of images, or floors (a mask of texts in mode "zero").
+    ``odd``: with a mask of images, with floors (a mask of texts in mode "zero"), or one direction
+    alone.
     """
     family = family_of(device)
     head, tail = split_width(width)
@@ -230,15 +238,17 @@ def forward_tile(
             for row in (*first, *FORWARD[family])
             if head + tail <= row.widest and slot <= row.longest
         )
-    step, stages = row.step, row.stages
+    step, warps, stages, registers = row.step, row.warps, row.stages, row.registers
+    shares = not indices and slot >= row.shares[odd]
     block_n = min(row.block_n, max(SMALLEST_BLOCK, slot * triton.next_power_of_2(n_texts)))
     block_n = max(slot, block_n)
     if block_n <= FEW_COLUMNS and not step and head + tail <= 256 and family != "interpreter":
+        # a shared tile would spare nothing: the rows that repeat come from a cache
+        warps, registers, shares = 4, None, False
         stages = 3 if family != "small" else 1
-    shares = not indices and slot >= row.shares[masked]
-    if not step:
-        return Tile(row.block_p, block_n, head, tail, 0, row.warps, stages, row.registers, shares)
-    return Tile(row.block_p, block_n, 0, 0, step, row.warps, stages, row.registers, shares)
+    if step:
+        head, tail = 0, 0
+    return Tile(row.block_p, block_n, head, tail, step, warps, stages, registers, shares)
 
 
 def converts_fp8(device: torch.device) -> bool:
