@@ -102,7 +102,8 @@ def keys(found):
 
 
 def request(texts, images, bags, *, patches=257, width=256, hidden=768, dtype=BF16, masks, mode,
-            reduction, directions="both", training, candidates=None, k=None, quantized=None):  # fmt: skip
+            reduction, directions="both", training, candidates=None, k=None,
+            quantized=None):  # fmt: skip
     """One real request, by the operators' own functions at its real sizes."""
     states = empty(texts, bags + 3, hidden, dtype=dtype)
     offsets = empty(texts, bags + 1, dtype=torch.int32)
