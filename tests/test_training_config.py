@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -170,3 +171,13 @@ def test_the_example_and_the_documentation_are_read(tmp_path):
     (tmp_path / "c.yaml").write_text(block[1])
     config, _ = load(tmp_path / "c.yaml")
     assert (config.model, config.epochs) == ("FOLDER", 6)
+
+
+def test_the_documented_recall_is_the_logged_one():
+    lines = (ROOT / "examples" / "train_iconpark.log.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    last = [row for row in rows if row["kind"] == "valid"][-1]
+    text = (ROOT / "docs" / "training.md").read_text(encoding="utf-8")
+    assert f"{rows[0]['pairs']:,} pairs" in text and f"after {last['step']} updates" in text
+    for name in ("recall_t2i_r1", "recall_t2i_r10"):
+        assert f"{last[name]:.1f} %" in text

@@ -3,10 +3,12 @@
     bagformer train-muge --config config_muge.yaml --checkpoint checkpoint_best.pth \\
         --output_dir OUT --evaluate --testing
 
-With --evaluate the checkpoint is evaluated on the config's valid files (OUT/eval.log, and
-OUT/config.yaml); with --testing the best ten pictures of each query of the test files are written
-(OUT/recall_t2i.jsonl, rank_t2i.jsonl, merge_t2i.jsonl). The checkpoint is a .pth of the original,
-from which only tensors are read, or a folder that bagformer convert wrote.
+Without --evaluate it trains from the checkpoint by the original's recipe: OUT/train.log has a line
+an epoch, OUT/best and OUT/last are model folders, --resume goes on after the last whole epoch.
+With --evaluate the checkpoint is evaluated on the config's valid files (OUT/eval.log). With
+--testing the best ten pictures of each query of the test files are written (OUT/recall_t2i.jsonl,
+rank_t2i.jsonl, merge_t2i.jsonl). OUT/config.yaml is always written. The checkpoint is a .pth of the
+original, from which only tensors are read, or a folder that bagformer convert wrote.
 """
 
 from __future__ import annotations
@@ -52,14 +54,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if not args.evaluate:
-        raise CommandError("training with the original's recipe is not there yet: give --evaluate")
-    if args.resume:
+    if args.evaluate and args.resume:
         raise CommandError("--resume goes on with a training, and --evaluate does not train")
     if not args.checkpoint:
-        raise CommandError("--evaluate needs a --checkpoint")
+        raise CommandError(
+            "train-muge needs a --checkpoint; bagformer train can start from nothing"
+        )
     if args.output_dir.exists() and not args.output_dir.is_dir():
         raise CommandError(f"--output_dir: {args.output_dir} is a file, a folder is needed")
+
+
+def train(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
+    """Train by the original's recipe; gives what ``--json`` prints."""
+    from bagformer.cli.evaluate import choose_device
+    from bagformer.evaluation.muge import load_checkpoint
+    from bagformer.evaluation.muge_config import files_of
+    from bagformer.training.muge import MugeRun
+
+    device = choose_device(args.device)
+    for split in ("train", "valid", "test") if args.testing else ("train", "valid"):
+        files_of(config, split)
+    working(args, f"reading {args.checkpoint}")
+    loaded = load_checkpoint(
+        args.checkpoint, config, args.text_encoder, args.interaction, args.protocol
+    )
+    for remark in loaded.notes:
+        note(args, f"bagformer train-muge: {remark}")
+    progress = not args.quiet and sys.stderr.isatty()
+    run = MugeRun(
+        loaded, config, args.checkpoint, args.output_dir, args.seed, device, progress=progress
+    )
+    if args.resume:
+        note(args, f"bagformer train-muge: going on with epoch {run.resume()}")
+    elif run.checkpoints.path("last") is not None:
+        raise CommandError(
+            f"--output_dir: {args.output_dir} holds a training already: go on with it by --resume, "
+            "or give another folder"
+        )
+    result = run.fit()
+    files = ["config.yaml", "train.log", "last", "best"]
+    counts: dict[str, int] = {}
+    if args.testing:
+        report, written = run.predict()
+        files, counts = files + written, report.counts
+    return {
+        "output_dir": str(args.output_dir),
+        "files": [name for name in files if (args.output_dir / name).exists()],
+        "protocol": loaded.model.config.protocol,
+        "interaction": loaded.model.config.interaction,
+        "counts": counts,
+        **result,
+    }
 
 
 def evaluate(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
@@ -115,7 +160,7 @@ def run(args: argparse.Namespace) -> int:
     config = read_config(args.config)
     if unused := unknown_keys(args.config, config):
         note(args, f"bagformer train-muge: {args.config}: nothing reads {', '.join(unused)}")
-    result = evaluate(args, config)
+    result = evaluate(args, config) if args.evaluate else train(args, config)
     if args.json:
         print_json(result)
         return 0

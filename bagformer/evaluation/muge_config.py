@@ -94,6 +94,8 @@ def read_config(path: str | Path) -> dict[str, Any]:
         if not isinstance(given.get(name, {}), dict):
             raise ValueError(f"{place}: {name}: expected keys and values, got {given[name]!r}")
     config = {**DEFAULTS, **given}
+    for name in ("optimizer", "schedular"):
+        config[name] = {**DEFAULTS[name], **config[name]}
     for name in _COUNTS:
         _whole(place, config, name, 1)
     for name in ("k_test", "num_workers_train", "num_workers_test"):

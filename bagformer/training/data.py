@@ -135,6 +135,7 @@ class TrainPairs(Dataset):
             "text_number": int(self.relations.text_of_query[number]),
             "item_row": self.relations.row_of_item[row["item_id"]],
             "ids": (row["query_id"], row["item_id"]),
+            "index": row["index"],
             "replaced": replaced,
         }
 
@@ -164,6 +165,7 @@ class Collate:
             "text_numbers": torch.tensor([sample["text_number"] for sample in samples]),
             "item_rows": torch.tensor([sample["item_row"] for sample in samples]),
             "ids": [sample["ids"] for sample in samples],
+            "indices": torch.tensor([sample["index"] for sample in samples]),
             "replaced": sum(sample["replaced"] for sample in samples),
         }
 

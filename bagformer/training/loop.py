@@ -67,7 +67,9 @@ class Trainer:
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         # a resumed run needs neither the model it began with nor the dictionary
-        begun = {} if last is None else {"model": str(last), "processor": ProcessorConfig()}
+        begun: dict[str, Any] = (
+            {} if last is None else {"model": str(last), "processor": ProcessorConfig()}
+        )
         self.model, self.processor = build(replace(config, **begun))
         self._open_data(validate, progress)
         self._prepare_model()
