@@ -67,6 +67,8 @@ class GradientTile(NamedTuple):
     registers: int | None = None
 
 
+# With Triton 3.6, images that share a tile cost 2 to 101 spilled instructions.
+TILES_CAN_BE_SHARED = tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 7)
 ANY = 1 << 30
 NEVER = (999, 999)
 FORWARD = {
@@ -239,7 +241,7 @@ def forward_tile(
             if head + tail <= row.widest and slot <= row.longest
         )
     step, warps, stages, registers = row.step, row.warps, row.stages, row.registers
-    shares = not indices and slot >= row.shares[odd]
+    shares = TILES_CAN_BE_SHARED and not indices and slot >= row.shares[odd]
     block_n = min(row.block_n, max(SMALLEST_BLOCK, slot * triton.next_power_of_2(n_texts)))
     block_n = max(slot, block_n)
     if block_n <= FEW_COLUMNS and not step and head + tail <= 256 and family != "interpreter":
