@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,15 +27,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from bagformer.kernels import (
-    bag_pool,
-    gradients,
-    maxsim_quantized,
-    normalize,
-    scoring,
-    tiles,
-    topk,
-)
+from aot_cases import cases, forward_cases
+from bagformer.kernels import tiles
 from machine_code import Code, disassemble
 
 
@@ -58,6 +51,9 @@ TARGETS = {
     "sm_80": Target("A100", 80, "sm_80", 108, 1.41, 2.0, 4.5, 2048, 164 << 10),
     "sm_90": Target("H200", 90, "sm_90", 132, 1.83, 4.8, 5.5, 4096, 228 << 10),
     "sm_100": Target("B200", 100, "sm_100", 148, 1.85, 7.7, 8.0, 8192, 228 << 10),
+    "sm_86": Target("A10", 86, "small", 72, 1.695, 0.6, 2.0, 1024, 100 << 10),
+    "sm_89": Target("L40S", 89, "small", 142, 2.52, 0.864, 4.0, 1024, 100 << 10),
+    "sm_120": Target("RTX 5090", 120, "small", 170, 2.41, 1.79, 5.0, 512, 100 << 10),
 }
 
 
@@ -153,15 +149,18 @@ def _work(launch: Launch, shape: dict[str, int]) -> Work:
         head, tail, step, *_ = const["SHAPE"]
         depth = -(-shape["width"] // step) * step if step else head + tail
         streamed = (rows + (cols if step else 0)) * depth * size
-        return Work(
-            launch.grid[0] * shape["images"] * tiles_of_image, 2.0 * rows * cols * depth, streamed
-        )
+        rounds = shape["images"] * tiles_of_image
+        if const["SHARED"]:  # leftover rows take one tile a program
+            rounds = shape["images"] * (shape["patches"] // rows) + launch.grid[1]
+        return Work(launch.grid[0] * rounds, 2.0 * rows * cols * depth, streamed)
     span = const["SPAN"]
     if launch.name == "grad_text_kernel":
         trips = launch.grid[0] * launch.grid[1] * shape["images"] * tiles_of_image
         return Work(trips, 2.0 * rows * cols * span, rows * span * size)
     programs = launch.grid[0] * launch.grid[1] * launch.grid[2]
-    trips = programs * -(-shape["texts"] // (cols // tiles.slot_of(shape["bags"])))
+    slot = min(tiles.slot_of(shape["bags"]), tiles.LONGEST_PIECE)
+    pieces = (1 if const["CANDIDATES"] else shape["texts"]) * -(-shape["bags"] // slot)
+    trips = programs * -(-pieces // max(cols // slot, 1))
     return Work(trips, 2.0 * rows * cols * span, cols * span * size)
 
 
@@ -173,11 +172,11 @@ def _clocks(code: Code, launch: Launch, target: Target, shape: dict[str, int], w
     if not code.mma:
         rate = 256  # 128 fused multiply-adds a clock outside the matrix units
     matrix = work.flops / rate
-    step = (launch.constants.get("SHAPE") or (0, 0, 0))[2]
+    _, tail, step = (launch.constants.get("SHAPE") or (0, 0, 0))[:3]
     rounds = -(-shape["width"] // step) if step else 1
     vector = code.vector_cycles(rounds) * launch.warps / 4
     l2 = work.bytes / (target.l2_terabytes * 1e3 / target.sms / target.ghz)
-    latency = 900 if launch.stages == 1 else 120
+    latency = 120 if launch.stages > 1 else 1800 if tail else 900
     resident = max(1, _programs_per_sm(code, launch, target))
     return max(matrix, vector, l2, (matrix + vector + latency) / resident)
 
@@ -204,109 +203,13 @@ def _describe(launch: Launch, case: str) -> str:
     return ", ".join([*parts, f"warps {launch.warps} stages {launch.stages}"])
 
 
-def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def _forward(shape: dict[str, int], dtype: torch.dtype, argmax: bool, form: str = "") -> None:
-    lead = (shape["texts"], shape["images"]) if form == "candidates" else (shape["images"],)
-    scoring.maxsim_forward(
-        _empty(shape["texts"], shape["bags"], shape["width"], dtype=dtype),
-        _empty(*lead, shape["patches"], shape["width"], dtype=dtype),
-        _empty(shape["texts"], shape["bags"], dtype=torch.bool) if form == "sorted" else None,
-        want_argmax=argmax,
-    )
-
-
-def _quantized(shape: dict[str, int], dtype: torch.dtype, masked: bool = False) -> None:
-    texts, bags, images, patches = (shape[x] for x in ("texts", "bags", "images", "patches"))
-    maxsim_quantized.maxsim_quantized_forward(
-        _empty(texts, bags, shape["width"], dtype=torch.bfloat16),
-        _empty(images, patches, shape["width"], dtype=dtype),
-        _empty(images, patches),
-        image_mask=_empty(images, patches, dtype=torch.bool) if masked else None,
-    )
-
-
-def _backward(shape: dict[str, int], dtype: torch.dtype, masked: bool = False) -> None:
-    texts, bags, images = shape["texts"], shape["bags"], shape["images"]
-    patches, width = shape["patches"], shape["width"]
-    gradients.maxsim_backward(
-        _empty(texts, images), _empty(images, texts),
-        _empty(texts, bags, width, dtype=dtype), _empty(images, patches, width, dtype=dtype),
-        _empty(texts, bags, dtype=torch.bool) if masked else None,
-        text_argmax=_empty(texts, images, bags, dtype=scoring.index_dtype(patches)),
-        image_argmax=_empty(images, texts, patches, dtype=scoring.index_dtype(bags)),
-    )  # fmt: skip
-
-
-def _pool(shape: dict[str, int], dtype: torch.dtype) -> None:
-    texts, bags, width = shape["texts"], shape["bags"], shape["width"]
-    hidden = _empty(texts, bags, width, dtype=dtype)
-    offsets = _empty(texts, bags + 1, dtype=torch.int32)
-    mask = _empty(texts, bags, dtype=torch.bool)
-    bag_pool.bag_pool_forward(hidden, offsets, mask, True)
-    bag_pool.bag_pool_backward(hidden, hidden, offsets, mask, hidden.shape[1])
-    normalize.l2_normalize_forward(hidden)
-    normalize.l2_normalize_backward(hidden, hidden)
-
-
-def _topk(shape: dict[str, int], dtype: torch.dtype) -> None:
-    text = _empty(shape["texts"], shape["bags"], shape["width"], dtype=dtype)
-    image = _empty(shape["images"], shape["patches"], shape["width"], dtype=dtype)
-    topk.maxsim_topk(text, image, 10)
-
-
-def cases(full: bool) -> list[tuple[str, dict[str, int], Callable[[dict[str, int]], None]]]:
-    """Name, shape and launch of each case; without ``full``, those that the tests compile."""
-    batch = {"texts": 1024, "bags": 25, "images": 1024, "patches": 257, "itemsize": 2}
-    bf16, fp32 = torch.bfloat16, torch.float32
-    listed = []
-    widths = (64, 96, 128, 192, 256, 384, 512, 768) if full else (128, 256, 768)
-    for width in widths:
-        shape = {**batch, "width": width}
-        listed.append((f"bf16 D={width}", shape, lambda s: _forward(s, bf16, False)))
-        if full or width == 256:
-            listed.append((f"bf16 D={width} argmax", shape, lambda s: _forward(s, bf16, True)))
-        if full or width != 768:
-            listed.append((f"bf16 D={width}", shape, lambda s: _backward(s, bf16)))
-    shape = {**batch, "width": 256}
-    full_size = {**shape, "itemsize": 4}
-    short, rerank = {**shape, "bags": 8}, {**shape, "texts": 32, "images": 100}
-    listed += [
-        ("bf16 D=256, 8 bags", short, lambda s: _forward(s, bf16, False)),
-        ("bf16 D=256, candidates", rerank, lambda s: _forward(s, bf16, False, "candidates")),
-        ("fp32 D=256", full_size, lambda s: _forward(s, fp32, False)),
-        ("fp32 D=256", full_size, lambda s: _backward(s, fp32)),
-        ("bf16 D=256, sorted", shape, lambda s: _backward(s, bf16, masked=True)),
-        ("bf16 D=256", shape, lambda s: _pool(s, bf16)),
-        ("k=10", {**shape, "texts": 64}, lambda s: _topk(s, bf16)),
-        ("bf16 D=256, sorted", shape, lambda s: _forward(s, bf16, False, "sorted")),
-    ]
-    for name, stored in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
-        listed += [
-            (f"{name} D=256", shape, lambda s, stored=stored: _quantized(s, stored)),
-            (f"{name} D=256, masked", shape, lambda s, stored=stored: _quantized(s, stored, True)),
-        ]
-    if full:
-        one = {**shape, "texts": 1, "images": 1000}
-        fp16 = torch.float16
-        listed += [
-            ("bf16 D=256, one text", one, lambda s: _forward(s, bf16, False)),
-            ("bf16 D=256, 64 bags", {**shape, "bags": 64}, lambda s: _forward(s, bf16, False)),
-            ("bf16 D=256, 128 bags", {**shape, "bags": 128}, lambda s: _forward(s, bf16, False)),
-            ("fp16 D=256", shape, lambda s: _forward(s, fp16, False)),
-            ("fp16 D=256", shape, lambda s: _backward(s, fp16)),
-            ("bf16 D=200", {**batch, "width": 200}, lambda s: _forward(s, bf16, False)),
-        ]
-    return listed
-
-
 def report(target_name: str, full: bool = True) -> list[Row]:
     """One row for each kernel that the cases launch on a target."""
     target, rows, seen = TARGETS[target_name], [], set()
     with compiling_for(target) as launches:
-        for case, shape, launch_all in cases(full):
+        listed = [] if target.family == "small" else cases(full)
+        listed += forward_cases(target.family)
+        for case, shape, launch_all in listed:
             launches.clear()
             launch_all(shape)
             for launch in launches:

@@ -26,6 +26,23 @@ SCORING = (
 )
 
 
+RESULTS = ROOT / "benchmarks" / "results"
+# Spilled instructions that no tile mends without costing more; docs/kernels.md has the list.
+_ALL = "bf16 D=256, text masks, image masks, mean, 128x32 slot 8"
+KNOWN_SPILLS: dict[str, dict[tuple[str, str, str], int]] = {
+    "3.8.0": {
+        ("sm_80", "maxsim_forward_kernel", "bf16 D=384 argmax, 64x64 slot 32"): 12,
+        ("sm_80", "grad_text_kernel", "bf16 D=256, 70 bags, 16x128 slot 32"): 13,
+        ("sm_80", "grad_image_kernel", "bf16 D=256, image masks, mean, 128x32 slot 32"): 2,
+        ("sm_100", "grad_image_kernel", "bf16 D=256, image masks, mean, 128x32 slot 32"): 2,
+        ("sm_100", "grad_image_kernel", _ALL): 50,
+        ("sm_100", "grad_image_kernel", _ALL.replace("bf16", "fp16")): 47,
+        ("sm_120", "nan_argmax_kernel", "bf16 D=256 argmax"): 2,
+        ("sm_120", "nan_argmax_kernel", "bf16 D=768 argmax"): 2,
+    },
+}
+
+
 @pytest.fixture(scope="module", params=TARGETS)
 def rows(request, tmp_path_factory) -> list[dict]:
     env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -66,19 +83,33 @@ def test_matrix_units_are_the_target_s_own(rows):
 
 
 def test_two_programs_share_a_multiprocessor(rows):
+    """Up to 256 features and 64 bags; more fill the shared memory or the registers."""
     for row in _of_tensor_cores(rows):
-        if "D=768" not in row["config"]:
+        if not any(wide in row["config"] for wide in ("D=384", "D=512", "D=768", "slot 128")):
             assert row["programs_per_sm"] >= 2, row
+
+
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("aot_triton_*.json")), ids=lambda p: p.stem)
+def test_what_spills_is_known_by_name(path):
+    """Everything that is compiled for the report, with the newest Triton and with an older one."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    spilling = {
+        (row["target"], row["kernel"], row["config"].rsplit(", ", 1)[0]): row["spills"]
+        for row in report["rows"]
+        if row["spills"]
+    }
+    known = KNOWN_SPILLS[report["triton"]]
+    assert {key: spilling[key] for key in spilling if spilling[key] > known.get(key, 0)} == {}
+    assert known.keys() <= spilling.keys(), "mended: take it off the list and out of the docs"
 
 
 def test_the_committed_report_is_of_these_kernels(rows):
     """Same kernels and configurations; with the same Triton, the same registers and bytes."""
     import triton
 
-    results = ROOT / "benchmarks" / "results"
-    path = results / f"aot_triton_{triton.__version__}.json"
+    path = RESULTS / f"aot_triton_{triton.__version__}.json"
     same = path.exists()
-    committed = json.loads((path if same else results / "aot_triton_3.8.0.json").read_text())
+    committed = json.loads((path if same else RESULTS / "aot_triton_3.8.0.json").read_text())
     assert "not measurements" in committed["note"]
     known = {(row["kernel"], row["config"], row["target"]): row for row in committed["rows"]}
     for row in rows:
@@ -99,7 +130,7 @@ def test_what_the_operators_launch_compiles_and_fits(target, tmp_path):
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["kernel"] for row in found} == {
         *SCORING, "nan_argmax_kernel", "bag_pool_forward_kernel", "bag_pool_backward_kernel",
-        "l2_normalize_backward_kernel", "compact_kernel", "merge_kernel", "unpack_kernel",
+        "l2_normalize_backward_kernel", "compact_both_kernel", "merge_kernel", "unpack_kernel",
     }  # fmt: skip
     assert len({row["call"] for row in found}) == 7
     assert [row for row in found if row["programs_per_sm"] < 1] == []

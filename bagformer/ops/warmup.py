@@ -30,8 +30,10 @@ MODULES = (
     *("plan", "topk"),
 )
 MERGED = 1024
-# Tiles stop growing long before this many texts, and sorting by slot starts at this many pairs.
+# Tiles stop growing long before this many texts; by this many pairs, if ever, texts are sorted by
+# slot and images share tiles for their leftover rows.
 ENOUGH = 256
+PAIRS = 1 << 17
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class _Request:
         if len(images) == 1:
             sides = self._spread(texts, self.bags), self._spread(images[0], self.patches)
         else:
-            sides = self._zeros(texts, self.bags), self._zeros(*images, self.patches)
+            sides = self._zeros(texts, self.bags), self._spread_lists(*images)
         text_mask, image_mask = (
             torch.ones(side.shape[:-1], dtype=torch.bool, device=self.device) if masked else None
             for side, masked in zip(sides, self.masks, strict=True)
@@ -98,6 +100,12 @@ class _Request:
             return self._zeros(1, rows).expand(count, -1, -1)
         return self._zeros(count, rows)
 
+    def _spread_lists(self, texts: int, count: int) -> Tensor:
+        """``[texts, count, patches, width]``."""
+        if self.patches * self.width % (16 * 8) == 0:
+            return self._zeros(1, 1, self.patches).expand(texts, count, -1, -1)
+        return self._zeros(texts, count, self.patches)
+
 
 def _few(count: int, enough: int) -> int:
     """At most about ``enough``, the same rest modulo 4: of it depends how plans are aligned."""
@@ -106,12 +114,12 @@ def _few(count: int, enough: int) -> int:
 
 def _fewest(texts: int, images: int) -> tuple[int, int]:
     """Numbers of texts and images for which the launchers choose as for these, but small."""
+    if texts * images <= PAIRS:
+        return texts, images
     few = [_few(texts, ENOUGH), _few(images, ENOUGH)]
-    pairs = ENOUGH * ENOUGH
-    if texts * images >= pairs:  # the smaller side stays, the other makes up for it
-        short = int(images < texts)
-        whole = (texts, images)[1 - short]
-        few[1 - short] = max(few[1 - short], _few(whole, -(-pairs // few[short] // 4) * 4))
+    short = int(images < texts)  # the smaller side stays, the other makes up for it
+    whole = (texts, images)[1 - short]
+    few[1 - short] = max(few[1 - short], _few(whole, -(-PAIRS // few[short] // 4) * 4))
     return few[0], few[1]
 
 
@@ -185,9 +193,10 @@ def _run(
     stored: torch.dtype | None = None,
 ) -> None:
     _run_pools(request, hidden)
-    few = _few(request.texts, 4)
-    forms = [_fewest(request.texts, request.images)]
-    forms += [] if candidates is None else [(few, few, candidates)]
+    forms: list[tuple[int, ...]] = [_fewest(request.texts, request.images)]
+    if candidates is not None:
+        few = _few(request.texts, max(4, -(-PAIRS // candidates // 64) * 4))
+        forms.append((few, few, candidates))
     for form in forms:
         _run_scores(request, *form)
         if stored is not None:

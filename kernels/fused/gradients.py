@@ -4,7 +4,7 @@ import torch
 import triton
 from bagformer.kernels import scoring, tiles
 from bagformer.kernels.maxsim_backward import grad_image_kernel, grad_text_kernel
-from bagformer.kernels.plan import NOTHING, Tokens, bucket, compact
+from bagformer.kernels.plan import NOTHING, Tokens, bucket, compact_both
 from torch import Tensor
 
 INDEX_BYTES = 256 << 20  # of indices held at a time when they are recomputed
@@ -58,7 +58,7 @@ def maxsim_backward(
     if any(missing):
         _recompute(grads, text, image, masks, mask_mode, settings, grad_text, grad_image)
     else:
-        plans = compact(text_mask), compact(image_mask)
+        plans = compact_both(text_mask, image_mask)
         _launch(grads, text, image, plans, chosen, settings, grad_text, grad_image, False)
     return grad_text, grad_image
 
@@ -90,7 +90,7 @@ def _recompute(grads, text, image, masks, mask_mode, settings, grad_text, grad_i
         )
         into = sums if image.dim() == 3 or sums.numel() == 0 else sums[part]
         own = grad_text[part] if grad_text.numel() else grad_text
-        plans = compact(word_mask), compact(picture_mask)
+        plans = compact_both(word_mask, picture_mask)
         _launch(slopes, words, pictures, plans, outputs[2:], settings, own, into, shared)
     if sums is not grad_image:
         grad_image.copy_(sums)
@@ -133,7 +133,7 @@ def _launch(
         _launch_image(*common, bounds, slot, classes, grad_image, add)
 
 
-def _flags(grads, text, image, plans, settings) -> dict:
+def _flags(grads, text, image, plans, chosen, settings) -> dict:
     n_texts, n_bags, width = text.shape
     n_images, n_patches = image.shape[-3:-1]
     widest = n_texts * max(n_images * n_bags, n_patches, n_bags * width, text.stride(0))
@@ -149,7 +149,14 @@ def _flags(grads, text, image, plans, settings) -> dict:
         "SCALED": text.dtype == torch.float16,
         "PRECISION": settings[1],
         "WIDE": widest >= 1 << 31,
+        "PACKED": text.dtype.itemsize == 2 and _narrow(grads, chosen),
     }
+
+
+def _narrow(grads, chosen) -> bool:
+    """Whether the indices that are used fit in 15 bits, so that two are compared at once."""
+    used = [index for grad, index in zip(grads, chosen, strict=True) if grad is not None]
+    return all(index.dtype.itemsize <= 2 for index in used)
 
 
 def _launch_text(grads, text, image, plans, chosen, settings, order, bounds, slot, out) -> None:
@@ -169,7 +176,7 @@ def _launch_text(grads, text, image, plans, chosen, settings, order, bounds, slo
         *(stride // unit for stride in strides),
         UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, SLOT=slot, SPAN=tile.span,
         WHOLE=width % tile.span == 0, CUT=pieces > 1, ORDERED=order is not None,
-        **_flags(grads, text, image, plans, settings),
+        **_flags(grads, text, image, plans, chosen, settings),
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
 
@@ -194,6 +201,6 @@ def _launch_image(
         UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n,
         SLOT=tiles.SMALLEST_SLOT if classes else slot, CLASSES=classes, SPAN=tile.span,
         WHOLE=width % tile.span == 0, CUT=pieces > 1, ADD=add,
-        **_flags(grads, text, image, plans, settings),
+        **_flags(grads, text, image, plans, chosen, settings),
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip

@@ -128,6 +128,13 @@ def best_bags(
 
 
 @triton.jit
+def fold_sums(best, keep, BLOCK_P: tl.constexpr, GROUP: tl.constexpr):
+    """Sums of rows r and r + 8 that count [BLOCK_P / 16, 8, GROUP]."""
+    best = tl.where(keep[:, None], best, 0.0)
+    return tl.sum(tl.reshape(best, (BLOCK_P // 16, 2, 8, GROUP)), 1)
+
+
+@triton.jit
 def best_patches(
     tile, run, place, first,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, ARGMAX: tl.constexpr
@@ -215,13 +222,65 @@ def store_patch_choice(
 
 
 @triton.jit
+def gather_leftovers(
+    image, item, start, stop, n_patches, left, image_stride, patch_stride, plan, width,
+    count, floor, features,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SHAPE: tl.constexpr,
+    IMAGE_MASK: tl.constexpr, FLOOR: tl.constexpr, WANTS_IMAGE: tl.constexpr
+):  # fmt: skip
+    """One tile of the rows that the whole tiles of each image of the run leave over.
+
+    Rows r and r + 8 repeat one patch, as ``best_patches`` folds them; pair q of rows is leftover
+    ``q % left`` of image ``start + q // left``. Gives the folded tile [BLOCK_P / 16, 8, BLOCK_N],
+    -inf in idle pairs, and the patches' maxima over bags [BLOCK_P, GROUP], 0 in idle rows.
+    """
+    GROUP: tl.constexpr = BLOCK_N // SLOT
+    line = tl.arange(0, BLOCK_P)
+    pair = line // 16 * 8 + line % 8
+    member = start + pair // left
+    keep = member < stop
+    member = tl.minimum(member, stop - 1).to(tl.int64)
+    length = tl.full((BLOCK_P,), n_patches, tl.int32)
+    if IMAGE_MASK:
+        length = tl.load(plan[1] + item + member)
+    rest = length % BLOCK_P
+    keep = keep & (rest <= left) & (pair % left < rest)
+    row = tl.maximum(tl.minimum(length - rest + pair % left, length - 1), 0)
+    if IMAGE_MASK:
+        row = tl.load(plan[0] + (item + member) * n_patches + row)
+    patches = member * image_stride + row * patch_stride
+    tile = similarity(image, patches, features, width, BLOCK_P, BLOCK_N, SHAPE)
+    run = reduce_max(tl.reshape(tile, (BLOCK_P // 16, 2, 8, BLOCK_N)), 1)
+    used = tl.reshape(keep.to(tl.int32), (BLOCK_P // 16, 2, 8))
+    run = tl.where((tl.max(used, 1) > 0)[:, :, None], run, float("-inf"))
+    sums = tl.zeros((BLOCK_P // 16, 8, GROUP), tl.float32)
+    if WANTS_IMAGE:
+        keep = keep & (line % 16 < 8)
+        best, _ = best_bags(tile, count, BLOCK_P, GROUP, SLOT, False)
+        if FLOOR:
+            best = nan_max(best, floor[None, :])
+        sums = fold_sums(best, keep, BLOCK_P, GROUP)
+    return run, sums
+
+
+@triton.jit
+def add_leftovers(run, sums, leftovers, rank, left, BLOCK_P: tl.constexpr):
+    """Fold the leftover rows of image ``rank`` of the run into that image's maxima and sums."""
+    pair = tl.arange(0, BLOCK_P // 16)[:, None, None] * 8 + tl.arange(0, 8)[None, :, None]
+    mine = pair // left == rank
+    run = nan_max(run, tl.where(mine, leftovers[0], float("-inf")))
+    return run, sums + tl.where(mine, leftovers[1], 0.0)
+
+
+@triton.jit
 def stream_image(
     image, item, patch_stride, plan, n_patches, width, texts, features, choice,
+    leftovers, rank, left,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SHAPE: tl.constexpr,
-    TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr, ZERO: tl.constexpr,
+    TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr, ZERO: tl.constexpr, SHARED: tl.constexpr,
     WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, ARGMAX: tl.constexpr
 ):  # fmt: skip
-    """All patches of one image against the resident texts.
+    """All patches of one image, number ``rank`` of the run, against the resident texts.
 
     Gives the maximum over patches [BLOCK_N], the position that reached it, the sum over patches
     [GROUP] and the number of patches that count.
@@ -233,8 +292,11 @@ def stream_image(
         length = tl.load(plan[1] + item)
     run = tl.full((BLOCK_P // 16, 8, BLOCK_N), float("-inf"), tl.float32)
     place = tl.zeros((BLOCK_P // 16, 8, BLOCK_N), tl.int32)
-    sums = tl.zeros((BLOCK_P, GROUP), tl.float32)
-    for first in range(0, length, BLOCK_P):
+    sums = tl.zeros((BLOCK_P // 16, 8, GROUP), tl.float32)
+    end = length
+    if SHARED:
+        end = tl.where(length % BLOCK_P <= left, length - length % BLOCK_P, length)
+    for first in range(0, end, BLOCK_P):
         row = first + tl.arange(0, BLOCK_P)
         keep = row < length
         row = tl.minimum(row, length - 1)
@@ -249,23 +311,25 @@ def stream_image(
                     n_bags, keep, TEXT_MASK, ZERO)  # fmt: skip
             if ZERO and TEXT_MASK:
                 best = nan_max(best, floor[None, :])
-            sums += tl.where(keep[:, None], best, 0.0)
+            sums += fold_sums(best, keep, BLOCK_P, GROUP)
         if WANTS_TEXT:
             run, place = best_patches(tile, run, place, first, BLOCK_P, BLOCK_N, ARGMAX)
+    if SHARED:
+        run, sums = add_leftovers(run, sums, leftovers, rank, left, BLOCK_P)
     best, pick = flush_patches(run, place, length, BLOCK_P, BLOCK_N, ARGMAX)
-    return best, pick, tl.sum(sums, 0), length
+    return best, pick, tl.sum(tl.reshape(sums, (BLOCK_P // 2, GROUP)), 0), length
 
 
 # a kernel is compiled for a width and its strides, never again for another batch
-@triton.jit(do_not_specialize=[*SIZES, "images_per_program"])
+@triton.jit(do_not_specialize=[*SIZES, "images_per_program", "left"])
 def maxsim_forward_kernel(
     text, image, text_plan, image_plan, order, bounds,
     text_to_image, image_to_text, text_argmax, image_argmax,
-    n_texts, n_images, n_bags, n_patches, width, images_per_program,
+    n_texts, n_images, n_bags, n_patches, width, images_per_program, left,
     text_stride, bag_stride, list_stride, image_stride, patch_stride,
     UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
     SHAPE: tl.constexpr, ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr,
-    ZERO: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr,
+    ZERO: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr, SHARED: tl.constexpr,
     WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, ARGMAX: tl.constexpr
 ):  # fmt: skip
     """Scores of the texts of axis 0 with the images of axis 1; ``width`` and strides in UNITs.
@@ -287,22 +351,32 @@ def maxsim_forward_kernel(
     bag = tl.maximum(tl.minimum(bag, col_count - 1), 0)
     if TEXT_MASK:
         bag = tl.load(text_plan[0] + col_owner * n_bags + bag)
-    width, patch_stride = width * UNIT, patch_stride * UNIT
+    width, image_stride, patch_stride = width * UNIT, image_stride * UNIT, patch_stride * UNIT
     bags = (col_owner * text_stride + bag.to(tl.int64) * bag_stride) * UNIT
     features = resident(text, bags, width, SHAPE)
-    texts = owner, live, count, tl.where(count < n_bags, 0.0, float("-inf")), n_bags, text_plan
+    floor = tl.where(count < n_bags, 0.0, float("-inf"))
+    texts = owner, live, count, floor, n_bags, text_plan
+    list_item = tl.zeros((), tl.int64)
+    if CANDIDATES:
+        list_item = tl.cast(first, tl.int64) * n_images
+        image += tl.cast(first, tl.int64) * (list_stride * UNIT)
     start = tl.program_id(1) * images_per_program
-    for i in range(start, tl.minimum(start + images_per_program, n_images)):
-        item, pair = tl.cast(i, tl.int64), tl.cast(i, tl.int64) * n_texts + owner
-        base = image + item * (image_stride * UNIT)
+    stop = tl.minimum(start + images_per_program, n_images)
+    leftovers = (0, 0)
+    if SHARED:
+        leftovers = gather_leftovers(
+            image, list_item, start, stop, n_patches, left, image_stride, patch_stride, image_plan,
+            width, count, floor, features, BLOCK_P, BLOCK_N, SLOT, SHAPE,
+            IMAGE_MASK, ZERO and TEXT_MASK, WANTS_IMAGE)  # fmt: skip
+    for i in range(start, stop):
+        item, pair = list_item + i, tl.cast(i, tl.int64) * n_texts + owner
         if CANDIDATES:
-            item += tl.cast(first, tl.int64) * n_images
             pair = owner * n_images + i
-            base += tl.cast(first, tl.int64) * (list_stride * UNIT)
         best, pick, total, length = stream_image(
-            base, item, patch_stride, image_plan, n_patches, width, texts, features,
-            image_argmax + pair * n_patches, BLOCK_P, BLOCK_N, SLOT, SHAPE,
-            TEXT_MASK, IMAGE_MASK, ZERO, WANTS_TEXT, WANTS_IMAGE, ARGMAX)  # fmt: skip
+            image + tl.cast(i, tl.int64) * image_stride, item, patch_stride, image_plan, n_patches,
+            width, texts, features, image_argmax + pair * n_patches, leftovers, i - start, left,
+            BLOCK_P, BLOCK_N, SLOT, SHAPE, TEXT_MASK, IMAGE_MASK, ZERO, SHARED,
+            WANTS_TEXT, WANTS_IMAGE, ARGMAX)  # fmt: skip
         if WANTS_IMAGE:
             total = tl.where(count > 0, total, 0.0)
             if MEAN:

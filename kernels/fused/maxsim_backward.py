@@ -26,6 +26,14 @@ and a tile feeds the matrix units as if it were dense: that beats gathering rows
 import triton
 import triton.language as tl
 from bagformer.kernels.maxsim import SIZES
+from bagformer.kernels.selection import (
+    chosen_bags,
+    chosen_by_image,
+    chosen_by_text,
+    chosen_patches,
+    slopes_of_bags,
+    slopes_of_patches,
+)
 
 SWEEP = tl.constexpr(256)
 
@@ -64,7 +72,7 @@ def _bags_of(
     col = tl.arange(0, WIDTH)
     place = place + col // SLOT
     live = place < end
-    place = tl.minimum(place, end - 1)
+    place = tl.maximum(tl.minimum(place, end - 1), 0)
     text, position = place, col % SLOT
     if CUT:
         text = place // pieces
@@ -85,8 +93,11 @@ def _bags_of(
 
 @triton.jit
 def _patches_of(position, item, plan, length, n_patches, MASKED: tl.constexpr):
-    """Patch at each position, the last one past the end, and whether it is there."""
-    patch = tl.minimum(position, length - 1)
+    """Patch at each position, the last one past the end, and whether it is there.
+
+    An image of no patches has patch 0, which is not there.
+    """
+    patch = tl.maximum(tl.minimum(position, length - 1), 0)
     if MASKED:
         patch = tl.load(plan[0] + item * n_patches + patch)
     return patch, position < length
@@ -103,51 +114,21 @@ def _features(base, rows, keep, width, first, SPAN: tl.constexpr, WHOLE: tl.cons
 
 
 @triton.jit
-def _bag_side(
-    grads, text_argmax, owner, bag, keep, count, image, pairs, length, n_images, n_bags, scale,
-    MEAN: tl.constexpr, TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr
+def _store(
+    rows, keep, total, unscale, span, width,
+    ROWS: tl.constexpr, SPAN: tl.constexpr, ADD: tl.constexpr
 ):  # fmt: skip
-    """For each bag: gradient of its own choice, the patch that it chose, gradient of being chosen.
-
-    ``pairs`` is the place of the pair in the image's direction, as a scalar and a vector part.
-    """
-    forth = tl.zeros_like(scale + count)
-    back, choice = forth, tl.zeros_like(count)
-    if TO_IMAGE:
-        forth = tl.load(grads[0] + image + owner * n_images, mask=keep, other=0.0) * scale
-        if MEAN:
-            forth = forth / tl.maximum(count, 1)
-        choice = tl.load(text_argmax + image * n_bags + (owner * n_images * n_bags + bag))
-    if TO_TEXT:
-        back = tl.load(grads[1] + pairs[0] + pairs[1], mask=keep, other=0.0) * scale
-        if MEAN:
-            back = back / tl.maximum(length, 1)
-    return forth, choice.to(tl.int32), back
-
-
-@triton.jit
-def _choose(
-    patch, bag, bag_side, image_argmax, pairs, n_patches,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
-    TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr
-):  # fmt: skip
-    """The tile ``chosen`` [BLOCK_P, BLOCK_N] of the module's docstring, both directions merged.
-
-    Rows past the image's end repeat its last patch: their owner stores no such row, and who streams
-    them reads zeros there. Columns of no bag have no gradient.
-    """
-    GROUP: tl.constexpr = BLOCK_N // SLOT
-    forth, choice, back = bag_side
-    chosen = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-    if TO_IMAGE:
-        chosen = tl.where(choice[None, :] == patch[:, None], forth[None, :], 0.0)
-    if TO_TEXT:
-        place = pairs[1][None, :] * n_patches + patch[:, None]
-        won = tl.load(image_argmax + pairs[0] * n_patches + place)
-        won = tl.broadcast_to(won.to(tl.int32)[:, :, None], (BLOCK_P, GROUP, SLOT))
-        won = tl.reshape(won, (BLOCK_P, BLOCK_N))
-        chosen += tl.where(won == bag[None, :], back[None, :], 0.0)
-    return chosen
+    """Write [ROWS, SPAN] sums, half the columns at a time: both need too many registers."""
+    HALF: tl.constexpr = SPAN // 2
+    halves = tl.split(tl.permute(tl.reshape(total, [ROWS, 2, HALF]), [0, 2, 1]))
+    for half in tl.static_range(2):
+        col = span + half * HALF + tl.arange(0, HALF)
+        out = rows[:, None] + col[None, :]
+        inside = keep[:, None] & (col < width)[None, :]
+        value = halves[half] * unscale
+        if ADD:
+            value += tl.load(out, mask=inside, other=0.0)
+        tl.store(out, value, mask=inside)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -159,7 +140,7 @@ def grad_text_kernel(
     ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr,
     IMAGE_MASK: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr,
     TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr
 ):  # fmt: skip
     """Gradient of the texts of program axis 0, features of axis 1; see the module's docstring."""
     width, patch_stride = width * UNIT, patch_stride * UNIT
@@ -169,43 +150,99 @@ def grad_text_kernel(
         first, end = first + tl.load(bounds), tl.load(bounds + 1)
     if first >= end:
         return
-    owner, bag, keep, count = _bags_of(
+    texts = _bags_of(
         first, end, text_plan, order, n_bags, pieces, BLOCK_N, SLOT, CUT,
         ORDERED, TEXT_MASK, WIDE)  # fmt: skip
     group, _, _, _ = _bags_of(
         first, end, text_plan, order, n_bags, pieces, GROUP, 1, CUT,
         ORDERED, TEXT_MASK, WIDE)  # fmt: skip
-    alone = tl.cast(first // pieces, tl.int64)
     scale, unscale = 1.0, 1.0
     if SCALED:
         scale, unscale = _scale_for_texts(
             grads, group, n_texts, n_images, GROUP, CANDIDATES, TO_IMAGE, TO_TEXT)  # fmt: skip
+    span = tl.program_id(1) * SPAN
+    sizes = n_texts, n_images, n_bags, n_patches, width
+    winners = grads[0], grads[1], text_argmax, image_argmax
+    alone = tl.cast(0, tl.int64)
+    if CANDIDATES:
+        alone = tl.cast(first // pieces, tl.int64)
+    images = image + alone * (list_stride * UNIT), image_plan, alone * n_images
+    strides = image_stride * UNIT, patch_stride
     total = tl.zeros((BLOCK_N, SPAN), tl.float32)
-    for i in range(n_images):
-        item, base = tl.cast(i, tl.int64), image + tl.cast(i, tl.int64) * (image_stride * UNIT)
-        pair, pairs = (item * n_texts, owner), (item * n_texts, group)
-        if CANDIDATES:
-            base += alone * (list_stride * UNIT)
-            pair, pairs = (item, owner * n_images), (item, group * n_images)
-            item += alone * n_images
-        length = tl.load(image_plan[1] + item) if IMAGE_MASK else n_patches
-        bag_side = _bag_side(
-            grads, text_argmax, owner, bag, keep, count, tl.cast(i, tl.int64), pair, length,
-            n_images, n_bags, scale, MEAN, TO_IMAGE, TO_TEXT)  # fmt: skip
-        for start in range(0, length, BLOCK_P):
-            patch, there = _patches_of(
-                start + tl.arange(0, BLOCK_P), item, image_plan, length, n_patches, IMAGE_MASK
-            )
-            chosen = _choose(
-                patch, bag, bag_side, image_argmax, pairs, n_patches, BLOCK_P, BLOCK_N, SLOT,
-                TO_IMAGE, TO_TEXT)  # fmt: skip
-            rows = _features(
-                base, patch * patch_stride, there, width, tl.program_id(1) * SPAN,
-                SPAN, WHOLE)  # fmt: skip
-            total = tl.dot(tl.trans(chosen.to(rows.dtype)), rows, total, input_precision=PRECISION)
-    col = tl.program_id(1) * SPAN + tl.arange(0, SPAN)
-    out = grad_text + ((owner.to(tl.int64) * n_bags + bag) * width)[:, None] + col[None, :]
-    tl.store(out, total * unscale, mask=keep[:, None] & (col < width)[None, :])
+    total = _stream_images(
+        total, images, strides, winners, texts, group, scale, span, sizes, BLOCK_P, BLOCK_N,
+        SLOT, SPAN, WHOLE, IMAGE_MASK, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT, PACKED,
+        PRECISION)  # fmt: skip
+    owner, bag, keep, _ = texts
+    rows = grad_text + (owner.to(tl.int64) * n_bags + bag) * width
+    _store(rows, keep, total, unscale, span, width, BLOCK_N, SPAN, False)
+
+
+@triton.jit
+def _rounds_of(images, n_images, n_patches, BLOCK_P: tl.constexpr, MASKED: tl.constexpr):
+    """Tiles of all images; an image of no patches takes one, all zeros."""
+    if MASKED:
+        rounds = tl.zeros((SWEEP,), tl.int32)
+        for first in range(0, n_images, SWEEP):
+            item = first + tl.arange(0, SWEEP)
+            length = tl.load(images[1][1] + images[2] + item, mask=item < n_images, other=0)
+            rounds += tl.where(item < n_images, tl.maximum(tl.cdiv(length, BLOCK_P), 1), 0)
+        total = tl.sum(rounds, 0)
+    else:
+        total = n_images * tl.cdiv(n_patches, BLOCK_P)
+    return total
+
+
+@triton.jit
+def _stream_images(
+    total, images, strides, winners, texts, group, scale, span, sizes,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SPAN: tl.constexpr,
+    WHOLE: tl.constexpr, MASKED: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr,
+    TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, PACKED: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Add what all images owe to the texts.
+
+    One loop over the tiles of all images, so that loads run ahead from one image into the next;
+    what a round compares is loaded during the round before.
+    """
+    owner, bag, keep, count = texts
+    n_images, n_patches, width = sizes[1], sizes[3], sizes[4]
+    i, start, length = tl.cast(0, tl.int32), tl.cast(0, tl.int32), n_patches
+    if MASKED:
+        length = tl.load(images[1][1] + images[2])
+    patch, there = _patches_of(
+        tl.arange(0, BLOCK_P), images[2], images[1], length, n_patches, MASKED
+    )
+    slope = slopes_of_bags(winners, owner, keep, count, i, scale, sizes, MEAN, TO_IMAGE)
+    choice = chosen_patches(winners, owner, bag, i, sizes, TO_IMAGE)
+    back = slopes_of_patches(
+        winners, owner, keep, length, i, scale, sizes, MEAN, CANDIDATES, TO_TEXT
+    )
+    won = chosen_bags(winners, group, i, patch, sizes, 0, CANDIDATES, TO_TEXT)
+    for _ in range(_rounds_of(images, n_images, n_patches, BLOCK_P, MASKED)):
+        rows = _features(
+            images[0] + tl.cast(i, tl.int64) * strides[0], patch * strides[1], there, width, span,
+            SPAN, WHOLE)  # fmt: skip
+        chosen = chosen_by_text(
+            images[0].dtype.element_ty, start, patch, bag, slope, choice, back, won,
+            BLOCK_P, BLOCK_N, SLOT, TO_IMAGE, TO_TEXT, PACKED, not MASKED)  # fmt: skip
+        start += BLOCK_P
+        done = start >= length
+        start = tl.where(done, 0, start)
+        i = tl.minimum(i + done.to(tl.int32), n_images - 1)
+        if MASKED:
+            length = tl.load(images[1][1] + images[2] + i)
+        patch, there = _patches_of(
+            start + tl.arange(0, BLOCK_P), images[2] + i, images[1], length, n_patches, MASKED
+        )
+        slope = slopes_of_bags(winners, owner, keep, count, i, scale, sizes, MEAN, TO_IMAGE)
+        choice = chosen_patches(winners, owner, bag, i, sizes, TO_IMAGE)
+        back = slopes_of_patches(
+            winners, owner, keep, length, i, scale, sizes, MEAN, CANDIDATES, TO_TEXT
+        )
+        won = chosen_bags(winners, group, i, patch, sizes, 0, CANDIDATES, TO_TEXT)
+        total = tl.dot(chosen, rows, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -217,7 +254,7 @@ def grad_image_kernel(
     CUT: tl.constexpr, TEXT_MASK: tl.constexpr,
     IMAGE_MASK: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr, ADD: tl.constexpr,
     TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr
 ):  # fmt: skip
     """Gradient of BLOCK_P patches of program axis 0 (image) and 1 (patches), features of axis 2.
 
@@ -237,64 +274,84 @@ def grad_image_kernel(
             grads, item, n_texts, n_images, CANDIDATES, TO_IMAGE, TO_TEXT)  # fmt: skip
     total = tl.zeros((BLOCK_P, SPAN), tl.float32)
     span = tl.program_id(2) * SPAN
-    sizes = n_texts, n_images, n_bags, n_patches, width, pieces, text_stride, bag_stride
+    sizes = n_texts, n_images, n_bags, n_patches, width
+    texts = text, text_plan, order, pieces, text_stride, bag_stride
+    winners = grads[0], grads[1], text_argmax, image_argmax
+    i = item % n_images if CANDIDATES else item
     if CLASSES == 0:
         ends = (0, n_texts * pieces)
         if CANDIDATES:
             alone = (tl.program_id(0) // n_images) * pieces
             ends = (alone, alone + pieces)
         total = _stream_texts(
-            total, text, text_plan, order, ends, grads, text_argmax, image_argmax, item, patch,
-            length, scale, span, sizes, BLOCK_P, BLOCK_N, SLOT, SPAN, WHOLE, CUT, False,
-            TEXT_MASK, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT, PRECISION, WIDE)  # fmt: skip
+            total, texts, ends, winners, i, patch, length, scale, span, sizes, BLOCK_P, BLOCK_N,
+            SLOT, SPAN, WHOLE, CUT, False, TEXT_MASK, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT, PACKED,
+            PRECISION, WIDE)  # fmt: skip
     for rank in tl.static_range(CLASSES):
         ends = (tl.load(bounds + rank * 4), tl.load(bounds + rank * 4 + 1))
         total = _stream_texts(
-            total, text, text_plan, order, ends, grads, text_argmax, image_argmax, item, patch,
-            length, scale, span, sizes, BLOCK_P, BLOCK_N, SLOT << rank, SPAN, WHOLE, CUT,
-            True,
-            TEXT_MASK, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT, PRECISION, WIDE)  # fmt: skip
-    col = span + tl.arange(0, SPAN)
-    out = grad_image + ((item * n_patches + patch) * width)[:, None] + col[None, :]
-    inside = there[:, None] & (col < width)[None, :]
-    total = total * unscale
-    if ADD:
-        total += tl.load(out, mask=inside, other=0.0)
-    tl.store(out, total, mask=inside)
+            total, texts, ends, winners, i, patch, length, scale, span, sizes, BLOCK_P, BLOCK_N,
+            SLOT << rank, SPAN, WHOLE, CUT, True, TEXT_MASK, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT,
+            PACKED, PRECISION, WIDE)  # fmt: skip
+    rows = grad_image + (item * n_patches + patch) * width
+    _store(rows, there, total, unscale, span, width, BLOCK_P, SPAN, ADD)
+
+
+@triton.jit
+def _winners_of(
+    first, end, texts, winners, i, patch, length, scale, sizes,
+    BLOCK_N: tl.constexpr, SLOT: tl.constexpr, CUT: tl.constexpr, ORDERED: tl.constexpr,
+    MASKED: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr, TO_IMAGE: tl.constexpr,
+    TO_TEXT: tl.constexpr, WIDE: tl.constexpr
+):  # fmt: skip
+    """What a tile of the texts from ``first`` on compares: choices of bags and of patches."""
+    GROUP: tl.constexpr = BLOCK_N // SLOT
+    _, plan, order, pieces, _, _ = texts
+    owner, bag, _, _ = _bags_of(
+        first, end, plan, order, sizes[2], pieces, BLOCK_N, SLOT, CUT, ORDERED, MASKED, WIDE
+    )
+    group, _, keep, count = _bags_of(
+        first, end, plan, order, sizes[2], pieces, GROUP, 1, CUT, ORDERED, MASKED, WIDE
+    )
+    slope = slopes_of_bags(winners, group, keep, count, i, scale, sizes, MEAN, TO_IMAGE)
+    choice = chosen_patches(winners, owner, bag, i, sizes, TO_IMAGE)
+    back = slopes_of_patches(
+        winners, group, keep, length, i, scale, sizes, MEAN, CANDIDATES, TO_TEXT
+    )
+    won = chosen_bags(winners, group, i, patch, sizes, 1, CANDIDATES, TO_TEXT)
+    return slope, choice, back, won
 
 
 @triton.jit
 def _stream_texts(
-    total, text, plan, order, ends, grads, text_argmax, image_argmax, item, patch, length,
-    scale, span, sizes,
+    total, texts, ends, winners, i, patch, length, scale, span, sizes,
     BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SPAN: tl.constexpr,
     WHOLE: tl.constexpr, CUT: tl.constexpr, ORDERED: tl.constexpr, MASKED: tl.constexpr,
     MEAN: tl.constexpr, CANDIDATES: tl.constexpr, TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr
+    PACKED: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr
 ):  # fmt: skip
-    """Add what the texts of places ``ends`` owe to one tile of patches."""
+    """Add what the texts of places ``ends`` owe to one tile of patches.
+
+    What a round compares is loaded during the round before.
+    """
     GROUP: tl.constexpr = BLOCK_N // SLOT
-    n_texts, n_images, n_bags, n_patches, width, pieces, text_stride, bag_stride = sizes
-    image = item % n_images if CANDIDATES else item
+    text, plan, order, pieces, text_stride, bag_stride = texts
+    slope, choice, back, won = _winners_of(
+        ends[0], ends[1], texts, winners, i, patch, length, scale, sizes, BLOCK_N, SLOT, CUT,
+        ORDERED, MASKED, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT, WIDE)  # fmt: skip
     for first in range(ends[0], ends[1], GROUP):
-        owner, bag, keep, count = _bags_of(
-            first, ends[1], plan, order, n_bags, pieces, BLOCK_N, SLOT, CUT, ORDERED, MASKED, WIDE
+        owner, bag, keep, _ = _bags_of(
+            first, ends[1], plan, order, sizes[2], pieces, BLOCK_N, SLOT, CUT, ORDERED, MASKED, WIDE
         )
-        group, _, _, _ = _bags_of(
-            first, ends[1], plan, order, n_bags, pieces, GROUP, 1, CUT,
-            ORDERED, MASKED, WIDE)  # fmt: skip
-        pair, pairs = (item * n_texts, owner), (item * n_texts, group)
-        if CANDIDATES:
-            pair, pairs = (image, owner * n_images), (image, group * n_images)
-        bag_side = _bag_side(
-            grads, text_argmax, owner, bag, keep, count, image, pair, length, n_images, n_bags,
-            scale, MEAN, TO_IMAGE, TO_TEXT)  # fmt: skip
-        chosen = _choose(
-            patch, bag, bag_side, image_argmax, pairs, n_patches, BLOCK_P, BLOCK_N, SLOT,
-            TO_IMAGE, TO_TEXT)  # fmt: skip
         rows = owner * text_stride + bag * bag_stride
-        rows = _features(text, rows, keep, width, span, SPAN, WHOLE)
-        total = tl.dot(chosen.to(rows.dtype), rows, total, input_precision=PRECISION)
+        rows = _features(text, rows, keep, sizes[4], span, SPAN, WHOLE)
+        chosen = chosen_by_image(
+            text.dtype.element_ty, patch, bag, slope, choice, back, won,
+            BLOCK_P, BLOCK_N, SLOT, TO_IMAGE, TO_TEXT, PACKED, not MASKED)  # fmt: skip
+        slope, choice, back, won = _winners_of(
+            first + GROUP, ends[1], texts, winners, i, patch, length, scale, sizes, BLOCK_N, SLOT,
+            CUT, ORDERED, MASKED, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT, WIDE)  # fmt: skip
+        total = tl.dot(chosen, rows, total, input_precision=PRECISION)
     return total
 
 

@@ -36,7 +36,26 @@ NOTHING = Tokens()
 @triton.jit(do_not_specialize=["length"])
 def compact_kernel(mask, rows, counts, holes, length, SPAN: tl.constexpr):
     """A program owns one text or one image."""
+    _compact(mask, rows, counts, holes, length, tl.program_id(0).to(tl.int64), SPAN)
+
+
+@triton.jit(do_not_specialize=["n_texts", "n_bags", "n_patches"])
+def compact_both_kernel(
+    text_mask, text_plan, image_mask, image_plan, n_texts, n_bags, n_patches,
+    BAG_SPAN: tl.constexpr, PATCH_SPAN: tl.constexpr
+):  # fmt: skip
+    """A program owns one text or, after them, one image."""
     item = tl.program_id(0).to(tl.int64)
+    if item < n_texts:
+        rows, counts, holes = text_plan
+        _compact(text_mask, rows, counts, holes, n_bags, item, BAG_SPAN)
+    else:
+        rows, counts, holes = image_plan
+        _compact(image_mask, rows, counts, holes, n_patches, item - n_texts, PATCH_SPAN)
+
+
+@triton.jit
+def _compact(mask, rows, counts, holes, length, item, SPAN: tl.constexpr):
     token = tl.arange(0, SPAN)
     inside = token < length
     keep = tl.load(mask + item * length + token, mask=inside, other=0) != 0
@@ -77,13 +96,35 @@ def compact(mask: Tensor | None) -> Tokens:
     if mask is None:
         return NOTHING
     mask = mask.contiguous()
+    plan = _unwritten(mask)
+    length = mask.shape[-1]
+    compact_kernel[(plan.counts.numel(),)](
+        mask, *plan, length, SPAN=triton.next_power_of_2(length), num_warps=1
+    )
+    return plan
+
+
+def compact_both(text_mask: Tensor | None, image_mask: Tensor | None) -> tuple[Tokens, Tokens]:
+    """Plans of both sides, in one launch."""
+    if text_mask is None or image_mask is None:
+        return compact(text_mask), compact(image_mask)
+    text_mask, image_mask = text_mask.contiguous(), image_mask.contiguous()
+    plans = _unwritten(text_mask), _unwritten(image_mask)
+    n_texts, n_images = (plan.counts.numel() for plan in plans)
+    lengths = text_mask.shape[-1], image_mask.shape[-1]
+    spans = (triton.next_power_of_2(length) for length in lengths)
+    compact_both_kernel[(n_texts + n_images,)](
+        text_mask, tuple(plans[0]), image_mask, tuple(plans[1]), n_texts, *lengths,
+        **dict(zip(("BAG_SPAN", "PATCH_SPAN"), spans, strict=True)), num_warps=1,
+    )  # fmt: skip
+    return plans
+
+
+def _unwritten(mask: Tensor) -> Tokens:
     length = mask.shape[-1]
     items = mask.numel() // max(length, 1)
     rows = torch.empty(items, length, dtype=torch.int32, device=mask.device)
     counts, holes = torch.empty(2, items, dtype=torch.int32, device=mask.device)
-    compact_kernel[(items,)](
-        mask, rows, counts, holes, length, SPAN=triton.next_power_of_2(length), num_warps=1
-    )
     return Tokens(rows, counts, holes)
 
 

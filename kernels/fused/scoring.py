@@ -11,7 +11,7 @@ import triton
 from bagformer.kernels import tiles
 from bagformer.kernels.maxsim import maxsim_forward_kernel
 from bagformer.kernels.nan_argmax import nan_argmax_kernel
-from bagformer.kernels.plan import NOTHING, Tokens, bucket, compact
+from bagformer.kernels.plan import NOTHING, Tokens, bucket, compact_both
 from torch import Tensor
 
 LONGEST_SLOT = 128  # a text of more bags is cut into pieces of this many
@@ -110,7 +110,7 @@ def maxsim_forward(
 
 
 def _forward(text, image, masks, options: Options, outputs: Outputs) -> None:
-    plans = compact(masks[0]), compact(masks[1])
+    plans = compact_both(*masks)
     for index, mask in zip(outputs[2:], masks, strict=True):
         if mask is not None:
             _fill_none(index)
@@ -167,22 +167,29 @@ def _launch(
     n_images, n_patches = image.shape[-3:-1]
     argmax = outputs.text_argmax.numel() + outputs.image_argmax.numel() > 0
     together = 1 if candidates else n_texts
-    tile = tiles.forward_tile(text.device, text.dtype, width, slot, together, options.precision)
+    floors = options.zero and plans[0] is not NOTHING
+    both = outputs.text_to_image.numel() > 0 and outputs.image_to_text.numel() > 0
+    tile = tiles.forward_tile(
+        text.device, text.dtype, width, slot, together, options.precision, argmax,
+        floors or plans[1] is not NOTHING or not both,
+    )  # fmt: skip
     groups = triton.cdiv(n_texts, tile.block_n // slot)
     strides = text.stride(0), text.stride(1), image.stride(0), image.stride(-3), image.stride(-2)
     unit = tiles.common_unit(width, *strides)
     run = tiles.images_per_program(text.device, groups, n_images, LARGEST_GRID)
+    left, run = tiles.leftovers(tile, n_patches, run)
     maxsim_forward_kernel[(groups, triton.cdiv(n_images, run))](
         text, image, tuple(plans[0]), tuple(plans[1]), order, bounds, *outputs,
-        n_texts, n_images, n_bags, n_patches, width // unit, run,
+        n_texts, n_images, n_bags, n_patches, width // unit, run, left,
         *(stride // unit for stride in strides),
         UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, SLOT=slot,
         SHAPE=(tile.head, tile.tail, tile.step, tile.covers(width), options.precision),
         ORDERED=order is not None, TEXT_MASK=plans[0] is not NOTHING,
         IMAGE_MASK=plans[1] is not NOTHING, ZERO=options.zero, MEAN=options.mean,
-        CANDIDATES=candidates, WANTS_TEXT=outputs.text_to_image.numel() > 0,
+        CANDIDATES=candidates, SHARED=left > 0, WANTS_TEXT=outputs.text_to_image.numel() > 0,
         WANTS_IMAGE=outputs.image_to_text.numel() > 0, ARGMAX=argmax,
         num_warps=tile.warps, num_stages=tile.stages,
+        maxnreg=tile.registers,
     )  # fmt: skip
 
 

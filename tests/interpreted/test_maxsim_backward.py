@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bagformer.kernels import gradients, scoring
+from bagformer.kernels import gradients, scoring, tiles
 from bagformer.kernels.gradients import maxsim_backward
 from bagformer.kernels.scoring import maxsim_forward
 from support.judging import judge
@@ -79,6 +79,50 @@ def test_matches_autograd(device, shape, dtype):
     check(make(shape, device, dtype, masked=shape[0] != 5))
 
 
+# one past the owned rows, the streamed rows and the span of each table: 128 rows are 4 texts of 25
+@pytest.mark.parametrize(
+    "family,shape",
+    [
+        ("interpreter", (9, 8, 3, 65, 72)),
+        ("sm_90", (5, 25, 2, 129, 136)),
+        ("sm_100", (1, 9, 9, 33, 264)),
+    ],
+)
+@pytest.mark.parametrize("dtype,masked", [(torch.bfloat16, False), (torch.float16, True)])
+def test_one_past_each_edge_of_a_tile(device, monkeypatch, family, shape, dtype, masked):
+    if device.type == "cpu":
+        for table in (tiles.TEXT_GRADIENT, tiles.IMAGE_GRADIENT):
+            monkeypatch.setitem(table, "interpreter", table[family])
+    check(make(shape, device, dtype, masked=masked))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_ties_and_mutual_choices(device, dtype):
+    text, image, *_, slopes = make((3, 9, 2, 20, 32), device, dtype, masked=False)
+    text[:, 4], image[:, 11] = text[:, 2], image[:, 3]
+    text[0, 6], text[1, 7] = image[0, 3], image[1, 8]
+    check((text, image, None, None, slopes))
+    # the lowest index wins a tie: nobody chose the other copy
+    by_bags = maxsim_backward(slopes[0], None, text, image)[1]
+    assert by_bags[:, 3].any() and not by_bags[:, 11].any()
+    by_patches = maxsim_backward(None, slopes[1], text, image)[0]
+    assert by_patches[:, 2].any() and not by_patches[:, 4].any()
+
+
+def test_a_gradient_that_is_nan_or_infinite_stays_with_its_pair(device):
+    operands = make((3, 9, 3, 20, 32), device, torch.bfloat16, masked=False)
+    slopes = operands[4]
+    slopes[0][1, 2], slopes[1][0, 2] = float("nan"), float("inf")
+    text, image = maxsim_backward(*slopes, *operands[:4])
+    assert text[0].isfinite().all() and image[1].isfinite().all()
+    assert text[1].isnan().any() and not text[2].isfinite().all()
+
+
+@pytest.mark.parametrize("bags,patches", [(256, 5), (255, 3), (3, 256), (3, 255)])
+def test_indices_around_a_byte(device, bags, patches):
+    check(make((2, bags, 2, patches, 16), device, torch.bfloat16, masked=False))
+
+
 @pytest.mark.parametrize("mean", [False, True])
 @pytest.mark.parametrize("mode", reference.MASK_MODES)
 @pytest.mark.parametrize("candidates", [0, 2])
@@ -105,6 +149,23 @@ def test_indices_are_recomputed_when_not_saved(device, monkeypatch, candidates):
     for one, two, three in zip(whole, again, check(operands, saved=False), strict=True):
         assert torch.equal(one, two)
         torch.testing.assert_close(one, three, rtol=2**-7, atol=1e-6)
+
+
+def test_recomputed_indices_stay_within_their_memory(device, monkeypatch):
+    operands = make((5, 10, 2, 36, 32), device, torch.bfloat16)
+    forward, held = scoring.maxsim_forward, []
+
+    def watched(*given, **options):
+        outputs = forward(*given, **options)
+        held.append(sum(index.nbytes for index in outputs[2:]))
+        return outputs
+
+    monkeypatch.setattr(scoring, "maxsim_forward", watched)
+    monkeypatch.setattr(gradients, "INDEX_BYTES", 2 * 2 * (10 + 36))
+    runs = [maxsim_backward(*operands[4], *operands[:4]) for _ in range(3)]
+    assert len(held) == 9 and max(held) <= gradients.INDEX_BYTES
+    for run in runs[1:]:
+        assert all(torch.equal(left, right) for left, right in zip(runs[0], run, strict=True))
 
 
 def test_sorted_texts(device, monkeypatch):

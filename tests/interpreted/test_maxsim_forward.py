@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from bagformer.kernels import scoring
+from bagformer.kernels import scoring, tiles
 from bagformer.kernels.scoring import maxsim_forward
 from support.judging import judge
 
@@ -61,7 +61,10 @@ def assert_same(got, want):
     for ours, theirs in zip(got[:2], want[:2], strict=True):
         torch.testing.assert_close(ours, theirs.float(), rtol=1e-6, atol=0, equal_nan=True)
     for ours, theirs in zip(got[2:], want[2:], strict=True):
-        assert torch.equal(widen(ours, 0), theirs)
+        if theirs is None:
+            assert ours.numel() == 0
+        else:
+            assert torch.equal(widen(ours, 0), theirs)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -198,3 +201,79 @@ def test_lower_precision_on_request(device):
     rounded = [operand.bfloat16() for operand in operands[:2]]
     torch.testing.assert_close(got[0], expected(*rounded, None, None)[0], rtol=1e-5, atol=1e-4)
     assert maxsim_forward(*operands, precision="tf32")[0].shape == got[0].shape
+
+
+def sharing(monkeypatch, run):
+    """Programs own ``run`` images; gives the list of what each launch shares."""
+    seen = []
+    choose = tiles.leftovers
+
+    def record(tile, n_patches, images):
+        seen.append(choose(tile, n_patches, images))
+        return seen[-1]
+
+    monkeypatch.setattr(tiles, "images_per_program", lambda *_: run)
+    monkeypatch.setattr(tiles, "leftovers", record)
+    return seen
+
+
+# tiles have 32 rows here: 4 leftover rows of 4 images fill one
+@pytest.mark.parametrize("n_patches", [1, 2, 4, 5, 31, 32, 33, 35, 36, 37, 64, 65, 68, 97])
+@pytest.mark.parametrize("run", [2, 3, 16])
+def test_images_share_a_tile_for_their_leftover_rows(device, monkeypatch, n_patches, run):
+    seen = sharing(monkeypatch, run)
+    operands = make((3, 9, 7, n_patches, 32), device, torch.bfloat16, whole=True)
+    assert_same(maxsim_forward(*operands), expected(*operands))
+    left = n_patches % tiles.forward_tile(device, torch.bfloat16, 32, 16, 3, "ieee").block_p
+    few = 0 < left <= 4
+    if device.type == "cpu":
+        assert seen == [(left, min(run, 16 // left)) if few else (0, run)]
+
+
+@pytest.mark.parametrize("candidates", [0, 5])
+@pytest.mark.parametrize("mode", reference.MASK_MODES)
+def test_ragged_images_share_what_they_have(device, monkeypatch, mode, candidates):
+    """Lengths around the tile's border: with a leftover, with a longer one, whole, empty."""
+    seen = sharing(monkeypatch, 4)
+    shape = (3, 9, 9, 66, 32)
+    operands = make(shape, device, torch.bfloat16, masked=True, whole=True, candidates=candidates)
+    text, image, text_mask, image_mask = operands
+    lengths = torch.tensor([66, 65, 64, 63, 35, 34, 33, 2, 0] * 2, device=device)
+    rows = image_mask.view(-1, 66)
+    rows[:] = torch.arange(66, device=device) < lengths[: len(rows), None]
+    rows[0] = rows[0].roll(7)
+    got = maxsim_forward(text, image, text_mask, image_mask, mode, mean=True)
+    want = expected(text, image, text_mask, image_mask, mask_mode=mode, reduction="mean")
+    assert_same(got, want)
+    assert device.type != "cpu" or seen == [(2, 4)]
+
+
+def test_nan_in_a_shared_tile_stays_in_its_image(device, monkeypatch):
+    sharing(monkeypatch, 5)
+    text, image, *_ = make((3, 9, 5, 33, 32), device, torch.bfloat16, whole=True)
+    image[2, 32, 3] = float("nan")  # the leftover row of image 2
+    image[4, 5, 3] = float("nan")
+    want = expected(text, image, None, None)
+    assert want[0].isnan().any(0).tolist() == [False, False, True, False, True]
+    assert_same(maxsim_forward(text, image), want)
+
+
+@pytest.mark.parametrize("wants_text,wants_image", [(True, False), (False, True)])
+def test_one_direction_of_shared_tiles(device, monkeypatch, wants_text, wants_image):
+    sharing(monkeypatch, 3)
+    operands = make((3, 9, 7, 33, 32), device, torch.bfloat16, masked=True, whole=True)
+    both = expected(*operands, mask_mode="zero")
+    one = maxsim_forward(*operands, "zero", wants_text, wants_image)
+    for place, wanted in enumerate([wants_text, wants_image]):
+        if wanted:
+            torch.testing.assert_close(one[place], both[place].float(), rtol=1e-6, atol=0)
+
+
+# 15, 16, 17, 63, 64, 65, 72 and 257 are on and past the borders of tiles of 64 rows
+@pytest.mark.parametrize("n_patches", [1, 15, 16, 17, 63, 64, 65, 72, 257])
+def test_indices_at_borders(device, n_patches):
+    """Every row ties with its neighbours, so that the lowest index must win across a border."""
+    operands = make((2, 5, 3, n_patches, 8), device, torch.bfloat16, whole=True)
+    operands[1][0] = operands[1][0, :1]
+    got = maxsim_forward(*operands, want_argmax=True)
+    assert_same(got, expected(*operands, return_argmax=True))

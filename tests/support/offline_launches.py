@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from aot_report import TARGETS, _empty, _programs_per_sm, compiling_for
+from aot_cases import empty
+from aot_report import TARGETS, _programs_per_sm, compiling_for
 from machine_code import disassemble
 
 from bagformer.ops import (
@@ -26,22 +27,22 @@ from bagformer.ops import (
 from bagformer.ops._maxsim_torch import Options
 
 BF16, FP16, BOOL = torch.bfloat16, torch.float16, torch.bool
-NONE = (_empty(0, 0, 0), _empty(0, 0, 0))
+NONE = (empty(0, 0, 0), empty(0, 0, 0))
 
 
 def calls() -> Iterator[tuple[str, Callable[[], object]]]:
     """What the adapters add to the cases of the report."""
-    hidden, offsets = _empty(64, 25, 256, dtype=BF16), _empty(64, 21, dtype=torch.int64)
-    keep, slope = _empty(64, 20, dtype=BOOL), _empty(64, 20, 256, dtype=BF16)
+    hidden, offsets = empty(64, 25, 256, dtype=BF16), empty(64, 21, dtype=torch.int64)
+    keep, slope = empty(64, 20, dtype=BOOL), empty(64, 20, 256, dtype=BF16)
     yield "bag_pool", lambda: _bag_pool_triton.forward(hidden, offsets, None, False, 1e-12)
     yield (
         "bag_pool backward without hidden states",
         lambda: _bag_pool_triton.backward(slope, None, offsets, keep, 25, 1e-12),
     )
     yield "l2_normalize backward", lambda: _l2_normalize_triton.backward(hidden, hidden, 1e-12)
-    text, image = _empty(128, 25, 256, dtype=FP16), _empty(96, 257, 256, dtype=FP16)
-    masks = _empty(128, 25, dtype=BOOL), _empty(96, 257, dtype=BOOL)
-    grads = _empty(128, 96), _empty(96, 128)
+    text, image = empty(128, 25, 256, dtype=FP16), empty(96, 257, 256, dtype=FP16)
+    masks = empty(128, 25, dtype=BOOL), empty(96, 257, dtype=BOOL)
+    grads = empty(128, 96), empty(96, 128)
     options = Options("zero", "both", "mean", "fp32")
     wants = (True, True)
     yield (
@@ -52,7 +53,7 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         "top-k",
         lambda: _maxsim_topk_triton.forward(text, image, *masks, 100, False, "zero", True, "fp32"),
     )
-    listed = _empty(128, 9, 257, 256, dtype=torch.float8_e4m3fn), _empty(128, 9, 257)
+    listed = empty(128, 9, 257, 256, dtype=torch.float8_e4m3fn), empty(128, 9, 257)
     yield (
         "candidates in eight bits",
         lambda: _maxsim_quantized_triton.forward(text, *listed, None, None, options, False),
