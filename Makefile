@@ -36,7 +36,7 @@ format: $(VENV)/installed-test
 	$(BIN)/clang-format -i $(CXX_FILES)
 
 bench: $(VENV)/installed-test
-	$(BIN)/python benchmarks/maxsim_cpu.py
+	$(BIN)/python benchmarks/run.py --quick
 	$(BIN)/python benchmarks/segmentation.py --vocabulary bagformer/assets/vocab.txt \
 		--dictionary bagformer/assets/iconpark_sample/entities.txt
 

@@ -42,6 +42,9 @@ KNOWN_SPILLS: dict[str, dict[tuple[str, str, str], int]] = {
     },
 }
 
+# How many kernels spill, and the most instructions of one.
+SPILLS_OF_OLDER = {"3.6.0": (36, 48)}
+
 
 @pytest.fixture(scope="module", params=TARGETS)
 def rows(request, tmp_path_factory) -> list[dict]:
@@ -98,6 +101,9 @@ def test_what_spills_is_known_by_name(path):
         for row in report["rows"]
         if row["spills"]
     }
+    if report["triton"] in SPILLS_OF_OLDER:
+        assert (len(spilling), max(spilling.values())) == SPILLS_OF_OLDER[report["triton"]]
+        return
     known = KNOWN_SPILLS[report["triton"]]
     assert {key: spilling[key] for key in spilling if spilling[key] > known.get(key, 0)} == {}
     assert known.keys() <= spilling.keys(), "mended: take it off the list and out of the docs"
