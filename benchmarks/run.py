@@ -30,8 +30,8 @@ from registry import CASES, CONTENDERS, Case, Contender, inputs, with_gradients
 from bagformer import explain_backend, reference
 
 LIMIT = {"float32": 2e-5, "bfloat16": 2e-2}
-# Who rounds similarities to bfloat16 may name another winner of a near tie, whose gradient then goes
-# elsewhere. That is an error, and is recorded, but no reason not to time a rival.
+# Who rounds similarities to bfloat16 may name another winner of a near tie, whose gradient goes
+# elsewhere then. That is an error, and is recorded, but no reason not to time a rival.
 RIVALS_STEP = {"float32": 2e-5, "bfloat16": 0.5}
 SIDE = 2048
 ROUNDS, FEWEST, SECONDS = 9, 3, 15.0
