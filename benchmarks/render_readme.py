@@ -62,32 +62,97 @@ def tiny() -> str:
     )
 
 
+RIVALS = {
+    "seed_loops": "the original's loops",
+    "einsum": "einsum + amax",
+    "compiled_einsum": "that, compiled",
+    "per_image_matmul": "a matmul an image",
+}
+
+
+def _against(found: dict[str, Any], name: str) -> str:
+    ratio = found.get(name, {}).get("over_ours")
+    return "" if ratio is None else f"{ratio:.1f} x"
+
+
 def cpu() -> str:
-    """Both directions on the CPU, ours against einsum and the bare product."""
-    file = "maxsim_cpu.json"
-    result = _load(RESULTS / file)
-    shape, rows = result["shape"], []
-    for dtype, part in result["results"].items():
-        for name, label in (("", "scores"), ("_backward", "scores and gradients")):
-            ours, einsum = (part["times"][f"{who}{name}"] for who in ("ours", "einsum"))
-            product = part["times"]["product"]
-            peak = part["peak_extra_mb"]
-            rows.append(
-                [
-                    f"{dtype}, {label}",
-                    f"{ours['median_ms']:.1f} ms",
-                    f"{einsum['median_ms']:.1f} ms ({einsum['over_ours']:.1f} x)",
-                    "" if name else f"{product['median_ms']:.1f} ms ({product['over_ours']:.1f} x)",
-                    f"{peak[f'ours{name}']:.0f} MB",
-                    f"{peak[f'einsum{name}']:.0f} MB",
-                ]
-            )
-    head = ["", "`maxsim`", "einsum + amax", "torch's bare matmul, no maxima"]
+    """Every case of the suite: ours, and how many times as long the others take."""
+    file = "cpu.json"
+    result, rows = _load(RESULTS / file), []
+    for row in result["rows"]:
+        found = row["contenders"]
+        label = row["name"] + (f", D={row['width']}" if "D=" not in row["name"] else "")
+        share = found["ours"].get("of_matmul")
+        rows.append(
+            [f"{label}, {row['dtype']}", f"{found['ours']['ms']:.1f} ms"]
+            + ["" if share is None else f"{share:.2f}"]
+            + [_against(found, name) for name in RIVALS]
+            + [
+                f"{found[name]['peak_extra_mb']:.0f}" if "peak_extra_mb" in found[name] else ""
+                for name in ("ours", "einsum")
+            ]
+        )
+    head = ["texts x images", "`maxsim`", "of torch's matmul", *RIVALS.values()]
     return (
-        f"{shape['texts']} texts of {shape['bags']} bags with {shape['images']} pictures of "
-        f"{shape['patches']} patches, {shape['depth']} features, both directions; medians, in turn "
-        f"within one run. {_caption(result, file)}.\n\n"
-        + _table([*head, "extra memory", "einsum's"], rows)
+        f"Texts of 25 bags, pictures of 257 patches, both directions; a step is scores and "
+        f"gradients. Medians, in turn within one run; rivals' columns are their time over ours. "
+        f'"Of torch\'s matmul" is the rate of useful operations over that of a 2,048 x 2,048 x '
+        f"2,048 product in the same run and dtype. {_caption(result, file)}.\n\n"
+        + _table([*head, "extra MB", "einsum's"], rows)
+        + "\n\n"
+        + _goals(result["rows"])
+    )
+
+
+def _goals(rows: list[dict[str, Any]]) -> str:
+    """The goals that were missed, or that none was."""
+    judged = [(row, goal) for row in rows for goal in row["goals"] if goal["met"] is not None]
+    missed = [
+        f"{row['name']}, {row['dtype']}: {goal['reached']:.2f} of the {goal['least']:.2f} against "
+        f"{RIVALS.get(goal['against'], goal['against'])}"
+        for row, goal in judged
+        if not goal["met"]
+    ]
+    words = "; ".join(missed) if missed else "none"
+    return f"Of {len(judged)} goals set beforehand, missed: {words}."
+
+
+def learning() -> str:
+    """Recall of four interactions, mean and spread over seeds."""
+    file = "learning.json"
+    result, rows = _load(RESULTS / file), []
+    for row in result["summary"]:
+        rows.append(
+            [row["variant"]]
+            + [
+                f"{row[key]['mean']:.1f} ± {row[key]['spread']:.1f}"
+                for key in ("valid R@1", "valid R@10", "valid_unseen R@1", "valid_unseen R@10")
+            ]
+        )
+    steps = result["settings"]
+    return (
+        f"Recall in percent among 2,000 pictures, mean and standard deviation of three seeds; the "
+        f"same encoders, drawings, objective and budget ({steps['words']['steps']} and "
+        f"{steps['pictures']['steps']} steps, about a quarter of the shipped model's). "
+        f"{_caption(result, file)}.\n\n"
+        + _table(["", "pairs R@1", "R@10", "unseen words R@1", "R@10"], rows)
+    )
+
+
+def loss() -> str:
+    """Memory and speed of the loss against autograd of einsum."""
+    file = "loss_cpu.json"
+    result, rows = _load(RESULTS / file), []
+    for dtype, part in result["results"].items():
+        ours, eager = part["ours"], part["eager"]
+        peaks = [f"{side['peak_extra_mb']:,.0f} MB" for side in (ours, eager)]
+        share = f"{100 * part['share_of_eager_peak']:.1f} %"
+        rows.append([dtype, f"{part['times_as_fast']:.1f} x", *peaks, share])
+    shape = result["shape"]
+    return (
+        f"The loss of {shape['batch']} texts and {shape['batch']} pictures and its gradients, "
+        f"against autograd through einsum. {_caption(result, file)}.\n\n"
+        + _table(["", "as fast", "extra memory", "einsum's", "share"], rows)
     )
 
 
@@ -111,7 +176,13 @@ def segmentation() -> str:
 
 def render(text: str) -> str:
     """``text`` with every marked part written anew. Raises KeyError for an unknown name."""
-    parts = {"tiny": tiny, "cpu": cpu, "segmentation": segmentation}
+    parts = {
+        "tiny": tiny,
+        "cpu": cpu,
+        "segmentation": segmentation,
+        "learning": learning,
+        "loss": loss,
+    }
     return re.sub(
         r"(<!-- figures:begin (\w+) -->\n).*?(<!-- figures:end -->)",
         lambda found: f"{found[1]}{parts[found[2]]()}\n{found[3]}",

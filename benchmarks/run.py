@@ -214,7 +214,7 @@ def show(row: dict[str, Any]) -> None:
     print(f"{row['name']}, {row['dtype']}" + "".join(f" {row[k]}" for k in ("failed",) if k in row))
     for name, found in row.get("contenders", {}).items():
         words = found.get("skipped") or (
-            f"{found['ms']:9.2f} ms  {found.get('over_ours', 0):6.2f} x  "
+            f"{found['ms']:9.2f} ms  {found.get('over_ours', float('nan')):6.2f} x  "
             f"{found.get('of_matmul', 0):5.2f} of matmul  {found.get('peak_extra_mb', 0):8.1f} MB"
         )
         print(f"    {name:26} {words}")

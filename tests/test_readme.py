@@ -35,7 +35,7 @@ def test_make_verbs_exist():
 def test_command_verbs_exist():
     from bagformer.cli.main import VERBS
 
-    named = re.findall(r"^bagformer (\w+)", "\n".join(_blocks("bash")), re.M)
+    named = re.findall(r"^bagformer ([\w-]+)", "\n".join(_blocks("bash")), re.M)
     assert set(named) <= set(VERBS) and named
 
 

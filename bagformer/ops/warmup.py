@@ -167,9 +167,11 @@ def _run_scores(request: _Request, texts: int, *images: int) -> None:
 
 
 def _run_quantized(request: _Request, stored: torch.dtype, texts: int, *images: int) -> None:
-    text, image, *masks = request.sides(texts, *images)
+    text, image, text_mask, image_mask = request.sides(texts, *images)
     values, scales = image.to(stored), image[..., 0].float().contiguous()
-    _maxsim_quantized_triton.forward(text, values, scales, *masks, request.options, False)
+    _maxsim_quantized_triton.forward(
+        text, values, scales, text_mask, image_mask, request.options, False
+    )
 
 
 def _run_topk(request: _Request, k: int) -> None:

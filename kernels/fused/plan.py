@@ -98,7 +98,7 @@ def compact(mask: Tensor | None) -> Tokens:
     mask = mask.contiguous()
     plan = _unwritten(mask)
     length = mask.shape[-1]
-    compact_kernel[(plan.counts.numel(),)](
+    compact_kernel[(_items(mask),)](
         mask, *plan, length, SPAN=triton.next_power_of_2(length), num_warps=1
     )
     return plan
@@ -110,7 +110,7 @@ def compact_both(text_mask: Tensor | None, image_mask: Tensor | None) -> tuple[T
         return compact(text_mask), compact(image_mask)
     text_mask, image_mask = text_mask.contiguous(), image_mask.contiguous()
     plans = _unwritten(text_mask), _unwritten(image_mask)
-    n_texts, n_images = (plan.counts.numel() for plan in plans)
+    n_texts, n_images = _items(text_mask), _items(image_mask)
     lengths = text_mask.shape[-1], image_mask.shape[-1]
     spans = (triton.next_power_of_2(length) for length in lengths)
     compact_both_kernel[(n_texts + n_images,)](
@@ -120,12 +120,16 @@ def compact_both(text_mask: Tensor | None, image_mask: Tensor | None) -> tuple[T
     return plans
 
 
+def _items(mask: Tensor) -> int:
+    return mask.numel() // max(mask.shape[-1], 1)
+
+
 def _unwritten(mask: Tensor) -> Tokens:
-    length = mask.shape[-1]
-    items = mask.numel() // max(length, 1)
+    items, length = _items(mask), mask.shape[-1]
     rows = torch.empty(items, length, dtype=torch.int32, device=mask.device)
-    counts, holes = torch.empty(2, items, dtype=torch.int32, device=mask.device)
-    return Tokens(rows, counts, holes)
+    # both 16-byte aligned: kernels are compiled anew for pointers that are not
+    both = torch.empty(2, items + -items % 4, dtype=torch.int32, device=mask.device)
+    return Tokens(rows, both[0, :items], both[1, :items])
 
 
 def bucket(counts: Tensor, classes: int) -> tuple[Tensor, Tensor]:
