@@ -108,8 +108,9 @@ def _goals(rows: list[dict[str, Any]]) -> str:
     """The goals that were missed, or that none was."""
     judged = [(row, goal) for row in rows for goal in row["goals"] if goal["met"] is not None]
     missed = [
-        f"{row['name']}, {row['dtype']}: {goal['reached']:.2f} of the {goal['least']:.2f} against "
-        f"{RIVALS.get(goal['against'], goal['against'])}"
+        f"{row['name']}, {row['dtype']}, {RIVALS.get(goal['against'], goal['against'])}: "
+        f"{goal['reached']:.2f}, {'at most' if 'most' in goal else 'at least'} "
+        f"{goal.get('most', goal.get('least')):.2f} was set"
         for row, goal in judged
         if not goal["met"]
     ]

@@ -29,7 +29,7 @@ def suite(monkeypatch):
 
 def test_every_case_is_judged_and_timed(suite):
     for case in {(c.kind, c.dtype): c for c in suite.CASES}.values():
-        small = case.scaled(4)
+        small = case.tiny()
         found = suite.measure(small, 3, 0.1)
         ours = found["contenders"]["ours"]
         assert ours["ms"] > 0 and ours["error"] <= suite.LIMIT[case.dtype], case
@@ -45,7 +45,7 @@ def test_a_wrong_kernel_ends_the_run(suite, monkeypatch, tmp_path):
 
     broken = suite.Contender("ours", lambda case: wrong)
     monkeypatch.setattr(suite, "CONTENDERS", (broken, *suite.CONTENDERS[1:]))
-    found = suite.measure(suite.CASES[0].scaled(4), 3, 0.1)
+    found = suite.measure(suite.CASES[0].tiny(), 3, 0.1)
     assert found["wrong"].startswith("wrong: error 0.00")
     monkeypatch.setattr(suite, "_child", lambda *_: found)
     out = tmp_path / "out.json"
@@ -63,7 +63,7 @@ def test_a_rival_that_is_wrong_absent_or_broken_is_written_down(suite, monkeypat
         suite.Contender("broken", raises),
     )
     monkeypatch.setattr(suite, "CONTENDERS", (suite.CONTENDERS[0], *rivals))
-    found = suite.measure(suite.CASES[0].scaled(4), 3, 0.1)["contenders"]
+    found = suite.measure(suite.CASES[0].tiny(), 3, 0.1)["contenders"]
     assert found["off"] == {"skipped": "wrong: error 1"}
     assert found["absent"] == {"skipped": "no_such_package is not installed"}
     assert found["broken"] == {"skipped": "raised RuntimeError: no driver"}
@@ -75,11 +75,13 @@ def test_a_stop_leaves_what_was_measured(suite, monkeypatch, tmp_path):
 
     def child(index, what, case, extra):
         calls.append(what)
-        if len(calls) > 3:
+        if len(calls) > 3:  # a case takes three: times, who runs alone, memory
             raise KeyboardInterrupt
         return {} if what == "memory" else json.loads(json.dumps(done))
 
     monkeypatch.setattr(suite, "_child", child)
+    lonely = suite.Contender("lonely", lambda case: "", alone=True)
+    monkeypatch.setattr(suite, "CONTENDERS", (*suite.CONTENDERS, lonely))
     out = tmp_path / "out.json"
     with pytest.raises(KeyboardInterrupt):
         suite.main(["--out", str(out)])
@@ -87,6 +89,7 @@ def test_a_stop_leaves_what_was_measured(suite, monkeypatch, tmp_path):
     assert report["schema_version"] == 1 and len(report["rows"]) == 1
     goals = {goal["against"]: goal["met"] for goal in report["rows"][0]["goals"]}
     assert goals == {"seed_loops": None, "matmul": True}
+    assert "failed" in report["rows"][0]["contenders"]["lonely"]["skipped"]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
