@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import re
 import types
 import typing
 from collections.abc import Sequence
@@ -15,27 +14,11 @@ from typing import Any
 
 import yaml
 
+from bagformer.data.yaml12 import Loader
 from bagformer.training import original_config
 from bagformer.training.config import ConfigError, TrainConfig, problems
 
 Places = dict[tuple[str, ...], str]
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's floats (``1e-5``), which PyYAML takes for text."""
-
-
-_FLOAT = re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?$")
-_LETTERS = list("-+0123456789.")
-_Loader.yaml_implicit_resolvers = {
-    letter: [entry for entry in entries if entry[0] != "tag:yaml.org,2002:float"]
-    for letter, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(_FLOAT.pattern + r"|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-    _LETTERS,
-)
 
 
 def parse(text: str, name: str) -> tuple[dict[str, Any], Places]:
@@ -43,7 +26,7 @@ def parse(text: str, name: str) -> tuple[dict[str, Any], Places]:
 
     Raises ConfigError for what is not YAML, not a mapping, or has a key twice.
     """
-    loader = _Loader(text)
+    loader = Loader(text)
     try:
         node = loader.get_single_node()
         places: Places = {}
@@ -80,7 +63,7 @@ def override(tree: dict[str, Any], places: Places, changes: Sequence[str]) -> No
         if not sign or not all(keys):
             raise ConfigError(f"--set {change}: expected a.b=value")
         try:
-            value = yaml.load(text, Loader=_Loader)
+            value = yaml.load(text, Loader=Loader)
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {change}: not YAML: {error}") from error
         target = tree
