@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -142,17 +141,6 @@ def _check_out(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
 
 
-def _write(folder: Path, name: str, text: str) -> Path:
-    """Write by way of a file beside it, so that what stands there is always whole."""
-    path, partial = folder / name, folder / f".{name}.{os.getpid()}"
-    try:
-        partial.write_text(text, encoding="utf-8", newline="\n")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return path
-
-
 def _print_report(report: dict[str, Any], paths: list[Path]) -> None:
     print(report["about"]["title"])
     recall = report["recall"]
@@ -189,6 +177,7 @@ def run(args: argparse.Namespace) -> int:
     _check_out(args.out)
     set_threads(args.threads)
     from bagformer.cli._demo_report import Run, build_report
+    from bagformer.data.records import write_whole
     from bagformer.retrieval.encode import Stages
     from bagformer.retrieval.page import render_page
 
@@ -212,7 +201,9 @@ def run(args: argparse.Namespace) -> int:
     report["wall_s"] = round(time.perf_counter() - started, 3)
     page = render_page(report, pictures)
     figures = json.dumps(report, ensure_ascii=False, indent=1, allow_nan=False)
-    paths = [_write(args.out, "demo.html", page), _write(args.out, "demo.json", figures)]
+    paths = [args.out / "demo.html", args.out / "demo.json"]
+    for path, text in zip(paths, (page, figures), strict=True):
+        write_whole(path, text)
     if args.json:
         print_json(report)
     else:

@@ -6,6 +6,7 @@ import base64
 import binascii
 import json
 import os
+import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -165,6 +166,24 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]])
     return count
 
 
+def write_whole(path: str | os.PathLike[str], text: str) -> None:
+    """Write ``text`` in UTF-8 to ``path``: what stood there stays until all of it is on the disk.
+
+    Raises OSError, and then leaves ``path`` as it was.
+    """
+    place = Path(path).resolve()
+    partial = place.with_name(f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}")
+    try:
+        with open(partial, "x", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, place)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 __all__ = [
     "ErrorSink",
     "ImageError",
@@ -175,4 +194,5 @@ __all__ = [
     "shorten",
     "write_jsonl",
     "write_tsv",
+    "write_whole",
 ]

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from bagformer.assets import vocabulary_path
+from bagformer.data.records import write_whole
 from bagformer.evaluation.muge_config import FUSIONS, files_of
 from bagformer.evaluation.protocol import with_protocol
 from bagformer.evaluation.report import KINDS, LISTED, Report
 from bagformer.evaluation.run import evaluate
 from bagformer.evaluation.sets import SetFiles, read_set
-from bagformer.evaluation.submission import write_submission, write_whole
+from bagformer.evaluation.submission import write_submission
 from bagformer.models.configuration_bagformer import INTERACTIONS, choose
 from bagformer.models.conversion import convert_checkpoint
 from bagformer.models.modeling_bagformer import BagFormerForRetrieval

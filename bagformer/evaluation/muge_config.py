@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from bagformer.evaluation.submission import write_whole
+from bagformer.data.records import write_whole
+from bagformer.data.yaml12 import Loader
 
 SPLITS = ("train", "valid", "test")
 FILES = tuple(f"{split}_{side}_file" for split in SPLITS for side in ("query", "image"))
@@ -49,21 +49,6 @@ FUSIONS = {"late_fusion": "late", "early_fusion": "early"}
 _COUNTS = ("image_res", "batch_size_train", "batch_size_test", "vision_width", "embed_dim")
 
 
-class _Loader(yaml.SafeLoader):
-    """YAML 1.2's numbers: PyYAML's own reads ``1e-5`` as a string."""
-
-
-_Loader.yaml_implicit_resolvers = {
-    first: [pair for pair in pairs if pair[0] != "tag:yaml.org,2002:float"]
-    for first, pairs in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$"),
-    list("-+0123456789."),
-)
-
-
 def unknown_keys(path: Path, given: dict[str, Any]) -> list[str]:
     """Keys that nothing here reads. One that is nearly a known key is a mistake: ValueError."""
     known = [*DEFAULTS, *FILES, *NEEDED]
@@ -84,7 +69,7 @@ def read_config(path: str | Path) -> dict[str, Any]:
     if not place.is_file():
         raise FileNotFoundError(f"--config: there is no file {place}")
     try:
-        given = yaml.load(place.read_text(encoding="utf-8"), _Loader)
+        given = yaml.load(place.read_text(encoding="utf-8"), Loader)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{place}: no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(given, dict):

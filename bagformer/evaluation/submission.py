@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import secrets
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
+from bagformer.data.records import write_whole
 from bagformer.evaluation.report import LISTED
 
 Row = dict[str, Any]
@@ -77,24 +76,6 @@ def _format(form: str) -> tuple[Callable[[Any, list[Any]], Row], str, str]:
     if form not in FORMATS:
         raise ValueError(f"form: expected one of {', '.join(FORMATS)}, got {form!r}")
     return FORMATS[form]
-
-
-def write_whole(path: str | os.PathLike[str], text: str) -> None:
-    """Write ``text`` in UTF-8 to ``path``: what stood there stays until all of it is on the disk.
-
-    Raises OSError, and then leaves ``path`` as it was.
-    """
-    place = Path(path).resolve()
-    partial = place.with_name(f".{place.name}.{os.getpid()}.{secrets.token_hex(4)}")
-    try:
-        with open(partial, "x", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, place)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def write_submission(

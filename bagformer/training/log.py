@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import platform
 import time
 from pathlib import Path
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
+
+from bagformer.data.records import write_whole
 
 LOG = "log.jsonl"
 
@@ -84,9 +85,7 @@ def cut(path: Path, step: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError, TypeError):
             continue
-    draft = path.with_name(f".{path.name}.new")
-    draft.write_text("".join(kept), encoding="utf-8")
-    os.replace(draft, path)
+    write_whole(path, "".join(kept))
 
 
 def versions() -> dict[str, str]:
