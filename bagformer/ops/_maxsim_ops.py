@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -95,7 +96,14 @@ def _run_reference(
         reduction=options.reduction,
         return_argmax=outputs[2].numel() + outputs[3].numel() > 0,
     )
-    counts = (None, None, image.shape[-2], text.shape[1])
+    fill(outputs, scores, image.shape[-2], text.shape[1])
+
+
+def fill(
+    outputs: Sequence[Tensor], scores: reference.MaxSimScores, n_patches: int, n_bags: int
+) -> None:
+    """Put what the reference found into the outputs that are wanted, which are not empty."""
+    counts = (None, None, n_patches, n_bags)
     for score, output, count in zip(scores, outputs, counts, strict=True):
         if score is not None and output.numel():
             output.copy_(score if count is None else narrow_argmax(score, count))

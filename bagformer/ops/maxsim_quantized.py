@@ -11,7 +11,7 @@ from bagformer import reference
 from bagformer.ops import _maxsim_cpu, _maxsim_ops, _maxsim_quantized_triton, _maxsim_torch
 from bagformer.ops._checks import check_choice, check_features, check_flag, check_mask
 from bagformer.ops._library import define, dims, wants_grad
-from bagformer.ops._maxsim_torch import Options, narrow_argmax, widen_argmax
+from bagformer.ops._maxsim_torch import Options, widen_argmax
 from bagformer.ops._nested import pad_nested
 from bagformer.ops.backend import choose_backend
 from bagformer.ops.maxsim import check_options
@@ -195,10 +195,7 @@ def _run_reference(
         reduction=options.reduction,
         return_argmax=outputs[2].numel() + outputs[3].numel() > 0,
     )
-    counts = (None, None, values.shape[-2], text.shape[1])
-    for score, output, count in zip(scores, outputs, counts, strict=True):
-        if score is not None and output.numel():
-            output.copy_(score if count is None else narrow_argmax(score, count))
+    _maxsim_ops.fill(outputs, scores, values.shape[-2], text.shape[1])
 
 
 def _fake(

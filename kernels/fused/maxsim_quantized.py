@@ -27,7 +27,7 @@ from bagformer.kernels.maxsim import (
     resident,
     sum_over_bags,
 )  # fmt: skip
-from bagformer.kernels.plan import NOTHING, Tokens, bucket, compact
+from bagformer.kernels.plan import NOTHING, Tokens, compact_both
 from bagformer.kernels.primitives import nan_max
 from torch import Tensor
 
@@ -197,22 +197,11 @@ def maxsim_quantized_forward(
         outputs.text_to_image.zero_()
         outputs.image_to_text.zero_()
         return outputs
-    plans = compact(text_mask), compact(image_mask)
+    plans = compact_both(text_mask, image_mask)
     options = scoring.Options(mask_mode == "zero", mean, "ieee")
     sides = text, values, scales.contiguous()
-    slot = tiles.slot_of(text.shape[1])
-    pairs = text.shape[0] * values.shape[-3]
-    if values.dim() == 4:
-        _launch(sides, plans, options, outputs, max(slot, tiles.SMALLEST_BLOCK))
-    elif plans[0].counts is None or slot == tiles.SMALLEST_SLOT or pairs < scoring.SORTED_PAIRS:
-        _launch(sides, plans, options, outputs, slot)
-    else:
-        classes = (slot // tiles.SMALLEST_SLOT).bit_length()
-        order, bounds = bucket(plans[0].counts, classes)
-        for rank in range(classes):
-            _launch(
-                sides, plans, options, outputs, tiles.SMALLEST_SLOT << rank, order, bounds[rank]
-            )
+    for slots in scoring.slot_launches(text, values, plans[0]):
+        _launch(sides, plans, options, outputs, *slots)
     return outputs
 
 

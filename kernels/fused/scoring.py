@@ -1,9 +1,10 @@
 """Launches the scoring kernel: allocates, plans, picks tiles. Checks nothing; the ops do that.
 
 Nothing here waits for the device: sizes come from shapes, masks are digested by kernels of plan.py,
-and texts are sorted into slots of 8, 16, 32 ... columns on the device (see ``_launch_sorted``).
+and texts are sorted into slots of 8, 16, 32 ... columns on the device (see ``slot_launches``).
 """
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -114,14 +115,8 @@ def _forward(text, image, masks, options: Options, outputs: Outputs) -> None:
     for index, mask in zip(outputs[2:], masks, strict=True):
         if mask is not None:
             _fill_none(index)
-    slot = tiles.slot_of(text.shape[1])
-    pairs = text.shape[0] * image.shape[-3]
-    if image.dim() == 4:
-        _launch(text, image, plans, options, outputs, max(slot, tiles.SMALLEST_BLOCK))
-    elif plans[0].counts is None or slot == tiles.SMALLEST_SLOT or pairs < SORTED_PAIRS:
-        _launch(text, image, plans, options, outputs, slot)
-    else:
-        _launch_sorted(text, image, plans, options, outputs, slot)
+    for slots in slot_launches(text, image, plans[0]):
+        _launch(text, image, plans, options, outputs, *slots)
     if outputs.text_argmax.numel() + outputs.image_argmax.numel() > 0:
         _mend_nan_indices(text, image, plans, outputs)
 
@@ -139,17 +134,25 @@ def _mend_nan_indices(text, image, plans, outputs: Outputs) -> None:
     )  # fmt: skip
 
 
-def _launch_sorted(text, image, plans, options: Options, outputs: Outputs, slot: int) -> None:
-    """One launch for each slot class, each over the texts of that class.
+def slot_launches(
+    text: Tensor, image: Tensor, plan: Tokens
+) -> Iterator[tuple[int, Tensor | None, Tensor | None]]:
+    """Slot, order and bounds of each launch: one, or one for each slot class over its texts.
 
     How many texts a class holds is known on the device alone, so each launch has programs for all
     texts, and those past the end of its class leave at once.
     """
-    classes = (slot // tiles.SMALLEST_SLOT).bit_length()
-    order, bounds = bucket(plans[0].counts, classes)
-    for rank in range(classes):
-        slots = tiles.SMALLEST_SLOT << rank
-        _launch(text, image, plans, options, outputs, slots, order, bounds[rank])
+    slot = tiles.slot_of(text.shape[1])
+    pairs = text.shape[0] * image.shape[-3]
+    if image.dim() == 4:
+        yield max(slot, tiles.SMALLEST_BLOCK), None, None
+    elif plan.counts is None or slot == tiles.SMALLEST_SLOT or pairs < SORTED_PAIRS:
+        yield slot, None, None
+    else:
+        classes = (slot // tiles.SMALLEST_SLOT).bit_length()
+        order, bounds = bucket(plan.counts, classes)
+        for rank in range(classes):
+            yield tiles.SMALLEST_SLOT << rank, order, bounds[rank]
 
 
 def _launch(
