@@ -64,15 +64,12 @@ def _check(args: argparse.Namespace) -> None:
         raise CommandError(f"--output_dir: {args.output_dir} is a file, a folder is needed")
 
 
-def train(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
-    """Train by the original's recipe; gives what ``--json`` prints."""
-    from bagformer.cli.evaluate import choose_device
+def _load(args: argparse.Namespace, config: dict[str, Any], *splits: str) -> Any:
+    """The checkpoint, once the files of the splits are known to be there."""
     from bagformer.evaluation.muge import load_checkpoint
     from bagformer.evaluation.muge_config import files_of
-    from bagformer.training.muge import MugeRun
 
-    device = choose_device(args.device)
-    for split in ("train", "valid", "test") if args.testing else ("train", "valid"):
+    for split in (*splits, "test") if args.testing else splits:
         files_of(config, split)
     working(args, f"reading {args.checkpoint}")
     loaded = load_checkpoint(
@@ -80,17 +77,28 @@ def train(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
     )
     for remark in loaded.notes:
         note(args, f"bagformer train-muge: {remark}")
+    return loaded
+
+
+def train(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
+    """Train by the original's recipe; gives what ``--json`` prints."""
+    from bagformer.cli.evaluate import choose_device
+    from bagformer.training.checkpoint import LAST, Checkpoints
+    from bagformer.training.muge import MugeRun
+
+    device = choose_device(args.device)
+    if not args.resume and Checkpoints(args.output_dir, keep=1).path(LAST) is not None:
+        raise CommandError(
+            f"--output_dir: {args.output_dir} holds a training already: go on with it by --resume, "
+            "or give another folder"
+        )
+    loaded = _load(args, config, "train", "valid")
     progress = not args.quiet and sys.stderr.isatty()
     run = MugeRun(
         loaded, config, args.checkpoint, args.output_dir, args.seed, device, progress=progress
     )
     if args.resume:
         note(args, f"bagformer train-muge: going on with epoch {run.resume()}")
-    elif run.checkpoints.path("last") is not None:
-        raise CommandError(
-            f"--output_dir: {args.output_dir} holds a training already: go on with it by --resume, "
-            "or give another folder"
-        )
     result = run.fit()
     files = ["config.yaml", "train.log", "last", "best"]
     counts: dict[str, int] = {}
@@ -112,24 +120,12 @@ def evaluate(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]
     import torch
 
     from bagformer.cli.evaluate import choose_device
-    from bagformer.evaluation.muge import (
-        evaluate_split,
-        load_checkpoint,
-        log_evaluation,
-        write_predictions,
-    )
-    from bagformer.evaluation.muge_config import files_of, write_config
+    from bagformer.evaluation.muge import evaluate_split, log_evaluation, write_predictions
+    from bagformer.evaluation.muge_config import write_config
 
     device = choose_device(args.device)
-    for split in ("valid", "test") if args.testing else ("valid",):
-        files_of(config, split)
     torch.manual_seed(args.seed)
-    working(args, f"reading {args.checkpoint}")
-    loaded = load_checkpoint(
-        args.checkpoint, config, args.text_encoder, args.interaction, args.protocol
-    )
-    for remark in loaded.notes:
-        note(args, f"bagformer train-muge: {remark}")
+    loaded = _load(args, config, "valid")
     loaded.model.to(device)
     progress = not args.quiet and sys.stderr.isatty()
     report = evaluate_split(loaded, config, "valid", progress)

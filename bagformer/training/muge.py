@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from timm.optim import create_optimizer_v2
 from torch import Tensor
 from tqdm import tqdm
@@ -30,6 +31,7 @@ from bagformer.training.checkpoint import (
     BEST,
     LAST,
     LEARNING,
+    MODEL,
     Checkpoints,
     Snapshot,
     read_snapshot,
@@ -126,7 +128,7 @@ class MugeRun:
         if folder is None:
             raise FileNotFoundError(f"--resume: {self.output} has no checkpoint to go on from")
         snapshot = read_snapshot(folder)
-        self.model.load_state_dict(type(self.model).from_pretrained(str(folder)).state_dict())
+        self.model.load_state_dict(load_file(folder / MODEL))
         self.optimizer.load_state_dict(snapshot.optimizer)
         if self.slow is not None:
             if snapshot.learning is None:
@@ -161,7 +163,7 @@ class MugeRun:
         folder = self.checkpoints.path(BEST)
         if folder is None:
             raise ValueError("no epoch was better than nothing, so there is no best checkpoint")
-        self.model.load_state_dict(type(self.model).from_pretrained(str(folder)).state_dict())
+        self.model.load_state_dict(load_file(folder / MODEL))
         report = evaluate_split(self.loaded, self.config, "test", self.progress)
         return report, write_predictions(report, self.output)
 
