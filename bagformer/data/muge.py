@@ -376,9 +376,13 @@ class MugeDataset(Sequence[dict[str, Any]]):
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def query_of(self, index: int) -> int:
+        """Place in ``queries`` of the query of pair ``index``, which is at least 0."""
+        return int(np.searchsorted(self._ends, index, side="right"))
+
     def __getitem__(self, index: Any) -> Any:
         place = range(len(self))[index]
-        row = int(np.searchsorted(self._ends, place, side="right"))
+        row = self.query_of(place)
         query = self.queries[row]
         item = query.item_ids[place - int(self._ends[row])]
         image = self.images[item]

@@ -116,7 +116,6 @@ class TrainPairs(Dataset):
     ) -> None:
         self.pairs, self.relations = pairs, relations
         self.transform, self.seed, self.skip = transform, seed, skip
-        self._ends = np.cumsum([len(query.item_ids) for query in pairs.queries])
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -128,7 +127,7 @@ class TrainPairs(Dataset):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(seeds.of_sample(self.seed, epoch, index))
             pixels = self.transform(row["image"])
-        number = int(np.searchsorted(self._ends, row["index"], side="right"))
+        number = self.pairs.query_of(row["index"])
         return {
             "text": row["text"],
             "pixels": pixels,
