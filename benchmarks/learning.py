@@ -36,7 +36,7 @@ VARIANTS: dict[str, dict[str, str]] = {
     "bagwise, leftmost-longest": {"interaction": "bagwise", "matcher": "leftmost_longest"},
 }
 SEEDS = (1, 2, 3)
-# a quarter of what the shipped model learns for
+# under a third of the steps that the shipped model learns for
 STEPS = {"words": 300, "pictures": 500}
 
 
