@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,7 +12,7 @@ from support import source_sets, training, world
 
 from bagformer.data.rows import Columns, RowPairs
 from bagformer.training import data
-from bagformer.training.config_file import from_tree
+from bagformer.training.config_file import from_tree, parse
 
 datasets = source_sets.need("datasets")
 source_sets.need("webdataset")
@@ -123,6 +126,19 @@ def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(place, files, t
     # step 5 was logged before the interruption and again after it
     rows[0] = [row for n, row in enumerate(rows[0]) if row not in rows[0][:n]]
     same((rows, weights), whole)
+
+
+def test_the_documented_examples_train(place, expected, tmp_path):
+    page = (Path(__file__).resolve().parent.parent / "docs" / "training.md").read_text("utf-8")
+    section = re.search(r"^## Other sources\n(.*?)^## ", page, re.M | re.S)
+    blocks = re.findall(r"^```yaml\n(.*?)^```", section[1], re.M | re.S)
+    assert len(blocks) == 3
+    rows = source_sets.rows_of(place.queries, place.images)
+    source_sets.write_documented(tmp_path / "here", rows)
+    for number, block in enumerate(blocks):
+        found, _ = parse(block, "docs/training.md")
+        changes = {"folder": str(tmp_path / "here"), "data": found["data"]}
+        same(run(place, tmp_path / f"out{number}", None, **changes), expected)
 
 
 def test_without_ids_equal_texts_are_one_text(tmp_path):

@@ -170,10 +170,15 @@ class RowImages(Mapping[Any, Image.Image]):
         return data
 
     def __getitem__(self, key: Any) -> Image.Image:
-        return decode_row(self._rows, self._first[key], self._max_pixels, self.encoded(key))
+        # a broken picture is told as one, not as one that differs from the others
+        picture = decode_row(self._rows, self._first[key], self._max_pixels)
+        if key in self._others:
+            self.encoded(key)
+        return picture
 
 
 def check_same(rows: Rows, key: Any, first: tuple[int, bytes], other: tuple[int, bytes]) -> None:
+    """Raises RowError where two rows of an item id have different pictures."""
     if first[1] != other[1]:
         path, place = rows.place(first[0])
         problem = (
@@ -183,10 +188,10 @@ def check_same(rows: Rows, key: Any, first: tuple[int, bytes], other: tuple[int,
         raise row_error(rows, other[0], "image", "different pictures", problem)
 
 
-def decode_row(rows: Rows, row: int, max_pixels: int, data: bytes | None = None) -> Image.Image:
+def decode_row(rows: Rows, row: int, max_pixels: int) -> Image.Image:
     """The picture of a row. Raises RecordError."""
     try:
-        return decode_image(rows.encoded(row) if data is None else data, max_pixels)
+        return decode_image(rows.encoded(row), max_pixels)
     except ImageError as error:
         raise row_error(rows, row, "image", error.reason, str(error)) from error
 
@@ -245,12 +250,11 @@ class RowPairs(Sequence[dict[str, Any]]):
             yield record
 
     def _decode(self, record: Record, seen: dict[Any, int]) -> None:
-        data = self._rows.encoded(record.row)
-        decode_row(self._rows, record.row, self._max_pixels, data)
-        first = seen.setdefault(_item(record), record.row)
-        if first != record.row:
-            before = (first, self._rows.encoded(first))
-            check_same(self._rows, _item(record), before, (record.row, data))
+        rows, row, key = self._rows, record.row, _item(record)
+        decode_row(rows, row, self._max_pixels)
+        first = seen.setdefault(key, row)
+        if first != row:
+            check_same(rows, key, (first, rows.encoded(first)), (row, rows.encoded(row)))
 
     def _pair(self, records: Sequence[Record], places: Mapping[Any, Sequence[int]]) -> None:
         names: list[tuple[Any, str, int]] = []

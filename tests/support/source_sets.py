@@ -102,6 +102,35 @@ def write_all(folder: Path, rows: list[dict[str, Any]]) -> dict[str, dict[str, A
     }
 
 
+def write_documented(folder: Path, rows: list[dict[str, Any]]) -> None:
+    """The files that the examples in docs/training.md name."""
+    for name in ("pairs", "shards"):
+        (folder / name).mkdir(parents=True)
+    half = len(rows) // 2
+    made = dataset(rows)
+    renamed = made.rename_columns({"text": "caption", "image": "picture"})
+    for name, some in (("train-a", renamed.select(range(half))), ("valid", renamed)):
+        some.to_parquet(folder / "pairs" / f"{name}.parquet")
+    renamed.select(range(half, len(rows))).to_parquet(folder / "pairs" / "train-b.parquet")
+    need("datasets").DatasetDict(train=made, valid=made).save_to_disk(folder / "my_dataset")
+    samples = samples_of(rows)
+    write_tar(folder / "shards" / "train-00.tar", samples[:half])
+    write_tar(folder / "shards" / "train-01.tar", samples[half:])
+    valid = [
+        {
+            "__key__": f"{n}",
+            "png": row["image"],
+            "json": {
+                "caption": row["text"],
+                "query_id": row["query_id"],
+                "product": row["item_id"],
+            },
+        }
+        for n, row in enumerate(rows)
+    ]
+    write_tar(folder / "shards" / "valid.tar", valid)
+
+
 def keep_cache_in(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What datasets caches goes into ``folder``, and nothing reaches for the network."""
     import socket
