@@ -104,6 +104,9 @@ def test_files_are_read_in_the_order_given_and_only_what_is_needed(tmp_path):
     assert pairs._rows._table.column_names == ["text", "image"]
     with pytest.raises(FileNotFoundError, match=r"no such file: .*none-\*.parquet"):
         expand("parquet", ["none-*.parquet"], tmp_path)
+    table(tmp_path / "empty.parquet", text=pyarrow.array([], "string"), image=[])
+    some = open_pairs(Source("parquet", (tmp_path / "empty.parquet", files[1])))
+    assert some._rows.place(0) == (str(files[1]), "row 0") and len(some) == 3
     # another file of the same name is not mistaken for what the cache holds of the first
     table(tmp_path / "a.parquet", text=["x", "y", "z"])
     assert read(tmp_path / "a.parquet")[0]["text"] == "x"

@@ -10,8 +10,10 @@ import torch
 from safetensors.torch import load_file
 from support import source_sets, training, world
 
+from bagformer.data.records import RecordError
 from bagformer.data.rows import Columns, RowPairs
 from bagformer.training import data
+from bagformer.training.config import ConfigError
 from bagformer.training.config_file import from_tree, parse
 
 datasets = source_sets.need("datasets")
@@ -126,6 +128,75 @@ def test_a_run_that_was_broken_off_goes_on_as_if_it_had_not_been(place, files, t
     # step 5 was logged before the interruption and again after it
     rows[0] = [row for n, row in enumerate(rows[0]) if row not in rows[0][:n]]
     same((rows, weights), whole)
+
+
+def test_broken_rows_are_replaced_and_counted(place, tmp_path):
+    rows = source_sets.rows_of(place.queries, place.images)
+    samples = source_sets.samples_of(rows)
+    samples[3]["png"] = samples[3]["png"][:60]
+    whole = samples[5]
+    samples[5] = {**whole, "json": b"["}
+    shard = source_sets.write_tar(tmp_path / "a.tar", samples)
+    files = {"queries": str(shard)}
+    skip = {"train": files, "valid": files, "on_error": "skip"}
+    changes = {"steps": 1, "batch_size": len(rows) - 1, "data": skip, "valid": {"every": 1}}
+    run(place, tmp_path / "out", None, **changes)
+    output = tmp_path / "out"
+    (start,) = training.read_rows(output, "start")
+    assert start["skipped"] == {"bad json": 1} and start["pairs"] == len(rows) - 1
+    assert [row["broken_pictures"] for row in training.read_rows(output, "train")] == [1]
+    assert len(training.read_rows(output, "valid")) == 1
+    with pytest.raises(RecordError, match=r"a.tar: sample 000005: json: not a JSON object"):
+        run(place, tmp_path / "other", files)
+    samples[5] = whole
+    source_sets.write_tar(tmp_path / "a.tar", samples)
+    options = {"steps": 4, "workers": 2, "start_method": "fork"}
+    with pytest.raises(RecordError, match=r"^\S*a.tar: sample 000003: image: truncated or damaged"):
+        run(place, tmp_path / "third", files, **options)
+
+
+@pytest.mark.parametrize(
+    "files,kind,message",
+    [
+        (
+            {"queries": "none.parquet"},
+            FileNotFoundError,
+            "data.train.queries: no such file: .*none",
+        ),
+        (
+            {"queries": "https://a/b.tar"},
+            ConfigError,
+            "data.train.queries: .*nothing is downloaded",
+        ),
+        ({"queries": "me/cats", "source": "huggingface"}, FileNotFoundError, "no such folder"),
+        (
+            {"queries": "e.parquet"},
+            ConfigError,
+            "data.train: .*e.parquet: no rows",
+        ),
+        (
+            {"queries": "x.tar"},
+            ConfigError,
+            "data.train: .*x.tar has no query with a known",
+        ),
+        (
+            {"queries": "n.parquet"},
+            ConfigError,
+            "data.train: .*n.parquet: there is no column 'text'",
+        ),
+    ],
+)
+def test_splits_that_cannot_be_opened(place, tmp_path, files, kind, message):
+    import pyarrow
+    import pyarrow.parquet as parquet
+
+    text, binary = pyarrow.array([], pyarrow.string()), pyarrow.array([], pyarrow.binary())
+    parquet.write_table(pyarrow.table({"text": text, "image": binary}), tmp_path / "e.parquet")
+    parquet.write_table(pyarrow.table({"txt": text, "image": binary}), tmp_path / "n.parquet")
+    source_sets.write_tar(tmp_path / "x.tar", [])
+    config = from_tree(tree(place, tmp_path / "out", files, folder=str(tmp_path)), {})
+    with pytest.raises(kind, match=message):
+        data.open_split(config, config.data.train, "train")
 
 
 def test_the_documented_examples_train(place, expected, tmp_path):

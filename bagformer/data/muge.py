@@ -237,7 +237,7 @@ class MugeImages(Mapping[Any, Image.Image]):
         return self.skipped
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Query:
     """One row of a query file; ``item_ids`` is empty where the file gives none (a test split)."""
 

@@ -223,7 +223,9 @@ class RowPairs(Sequence[dict[str, Any]]):
             if record.has_picture:
                 places.setdefault(_item(record), []).append(record.row)
         self.images = RowImages(rows, places, max_pixels)
-        self._pair(records, places)
+        # emptied as it is read: with a great many rows it is as large as what is kept
+        records.reverse()
+        self._pair((records.pop() for _ in range(len(records))), places)
 
     @property
     def skipped(self) -> Counter[str]:
@@ -256,9 +258,8 @@ class RowPairs(Sequence[dict[str, Any]]):
         if first != row:
             check_same(rows, key, (first, rows.encoded(first)), (row, rows.encoded(row)))
 
-    def _pair(self, records: Sequence[Record], places: Mapping[Any, Sequence[int]]) -> None:
+    def _pair(self, records: Iterator[Record], places: Mapping[Any, Sequence[int]]) -> None:
         names: list[tuple[Any, str, int]] = []
-        items: list[dict[Any, None]] = []
         number: dict[Any, int] = {}
         pairs = array("q"), array("q"), array("q")
         item_number = {key: n for n, key in enumerate(places)}
@@ -277,20 +278,25 @@ class RowPairs(Sequence[dict[str, Any]]):
                 place = number.setdefault(query_id, len(names))
                 if place == len(names):
                     names.append((query_id, text, record.row))
-                    items.append({})
                 elif names[place][1] != text:
                     self._sink.report(self._two_texts(record.row, text, names[place]))
                     continue
-                items[place][key] = None
                 row = record.row if record.has_picture else places[key][0]
                 for column, value in zip(pairs, (place, row, item_number[key]), strict=True):
                     column.append(value)
-        self.queries = [
-            Query(query_id, text, tuple(own), row)
-            for (query_id, text, row), own in zip(names, items, strict=True)
-        ]
         self._query, self._row, self._number = (np.asarray(column, np.int64) for column in pairs)
         self._ids = list(places)
+        self.queries = self._queries(names)
+
+    def _queries(self, names: Sequence[tuple[Any, str, int]]) -> list[Query]:
+        order = np.argsort(self._query, kind="stable")
+        items = self._number[order]
+        ends = np.searchsorted(self._query[order], np.arange(len(names) + 1)).tolist()
+        found = []
+        for n, (query_id, text, row) in enumerate(names):
+            numbers = dict.fromkeys(items[ends[n] : ends[n + 1]].tolist())
+            found.append(Query(query_id, text, tuple(self._ids[i] for i in numbers), row))
+        return found
 
     def _two_texts(self, row: int, text: str, known: tuple[Any, str, int]) -> RowError:
         path, place = self._rows.place(known[2])

@@ -188,14 +188,17 @@ def open_parquet(paths: Sequence[Path], columns: Columns) -> TableRows:
             raise SourceError(f"{path}: {problem}")
         chosen = found
         parts.append((path, count))
-    files = [glob.escape(str(path.resolve())) for path, _ in parts]
+    expected = sum(count for _, count in parts)
+    if not expected:
+        raise SourceError(f"{', '.join(map(str, paths))}: no rows")
+    # datasets cannot read a file without rows
+    files = [glob.escape(str(path.resolve())) for path, count in parts if count]
     try:
         with _quiet(datasets):
             table = datasets.Dataset.from_parquet(files, columns=list(chosen.values()))
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
         cause = error.__cause__ or error
         raise SourceError(f"{', '.join(map(str, paths))}: cannot be read: {cause}") from error
-    expected = sum(count for _, count in parts)
     if table.num_rows != expected:
         raise SourceError(f"{paths[0]}: {table.num_rows} rows were read of {expected}")
     return TableRows(table, columns, parts)

@@ -49,8 +49,10 @@ def open_split(config: TrainConfig, split: SplitConfig, name: str) -> Pairs:
 def _locate(config: TrainConfig, split: SplitConfig, name: str) -> Source:
     try:
         files = expand(split.kind, split.names, config.folder)
-    except (FileNotFoundError, SourceError) as error:
-        raise type(error)(f"data.{name}.queries: {error}") from error
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"data.{name}.queries: {error}") from error
+    except SourceError as error:
+        raise ConfigError(f"data.{name}.queries: {error}") from error
     images = None if split.images is None else Path(config.folder) / split.images
     if split.kind == "muge":
         for key, path in (("queries", files[0]), ("images", images)):
@@ -171,7 +173,10 @@ class Collate:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        broken = next((sample for sample in samples if isinstance(sample, Exception)), None)
+        if broken is not None:
+            return broken
         inputs = dict(self.processor(text=[sample["text"] for sample in samples]))
         inputs["pixel_values"] = torch.stack([sample["pixels"] for sample in samples])
         return {
@@ -221,6 +226,38 @@ class Batches(Sampler):
                 yield [(epoch, int(index)) for index in chosen]
 
 
+class _Kept(Dataset):
+    """Samples, or the error that reading one gave: raised in a worker it would come out as another
+    kind of error, with its message somewhere in a traceback."""
+
+    def __init__(self, pairs: TrainPairs) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | Exception:
+        try:
+            return self.pairs[key]
+        except (RecordError, ConfigError) as error:
+            return error
+
+
+class _Loader(DataLoader):
+    """Raises in this process what reading raised in a worker."""
+
+    def __iter__(self) -> Any:
+        # started now, not with the first batch: it draws a random number
+        return _unless_broken(super().__iter__())
+
+
+def _unless_broken(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
 def make_loader(
     config: TrainConfig, pairs: TrainPairs, batches: Batches, processor: Any, pin: bool
 ) -> DataLoader:
@@ -228,8 +265,8 @@ def make_loader(
     if config.workers:
         # or the tokenizer warns in every worker that it was forked
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return DataLoader(
-        pairs,
+    return _Loader(
+        _Kept(pairs),
         batch_sampler=batches,
         collate_fn=Collate(processor),
         num_workers=config.workers,
