@@ -159,6 +159,9 @@ def test_other_sources_give_the_same_metrics(run, place, tmp_path, monkeypatch):
         assert (code, err, found["source"]) == (0, "", kind)
         for name in ("metrics", "counts", "skipped"):
             assert found[name] == expected[name], name
+    original = world.make_model(tmp_path / "original", protocol="original")
+    found = [run(original, *data, "--json") for data in ([place.queries.parent], parts)]
+    assert json.loads(found[0][1])["metrics"] == json.loads(found[1][1])["metrics"]
     for arguments, message in (
         (("--column", "txt=a"), "--column txt=a: expected one of text, image, query_id"),
         (("--column", "text=txet"), "there is no column 'txet'"),

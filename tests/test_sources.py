@@ -8,6 +8,7 @@ import pickle
 import re
 import sys
 import tarfile
+from pathlib import Path
 
 import pytest
 from support import source_sets
@@ -136,7 +137,7 @@ def test_folders_of_datasets(tmp_path):
         with pytest.raises(SourceError, match=message):
             read(tmp_path / folder, "huggingface", split=split)
     with pytest.raises(FileNotFoundError, match=r"Nothing is downloaded.*load_dataset\('me/cats'"):
-        read(type(tmp_path)("me/cats"), "huggingface")
+        read(Path("me/cats"), "huggingface")
     next((tmp_path / "saved").glob("*.arrow")).write_bytes(b"no arrow")
     with pytest.raises(SourceError, match="not a data set of save_to_disk"):
         read(tmp_path / "saved", "huggingface")
@@ -363,6 +364,16 @@ def test_a_library_that_is_missing(tmp_path, monkeypatch, library, kind, name):
         read(tmp_path / name, kind)
 
 
-def test_pairs_are_of_rows():
+def test_nothing_is_imported_before_it_is_needed():
+    """MUGE files are trained and evaluated without the extra."""
+    package = Path(__file__).resolve().parent.parent / "bagformer"
+    for path in package.rglob("*.py"):
+        found = re.findall(
+            r"^(?:import|from) (datasets|pyarrow|webdataset)\b", path.read_text(), re.M
+        )
+        assert not found, path
+
+
+def test_an_unknown_mode():
     with pytest.raises(ValueError, match="on_error"):
         RowPairs(None, on_error="ignore")
