@@ -103,6 +103,7 @@ def test_defaults_and_a_round_trip(write):
             "data.train.columns.txt: .*the nearest known one is 'te",
         ),
         ("", ["data.train.queries=[a, b]"], "data.train.queries: muge takes one, got 2"),
+        ("", ["data.train={queries: me/cats}"], "or set data.train.source if me/cats is not MUGE"),
         ("", ["data.train.queries=[]"], "data.train.queries: name the file of training data"),
         ("", ["data.train.queries=1"], "data.train.queries: expected text or a list of text or"),
     ],

@@ -295,7 +295,10 @@ def _problems_of_data(data: DataConfig) -> dict[str, str]:
         if name == "train":
             lost = [] if split.names else ["queries"]
             lost += ["images"] if kind == "muge" and split.images is None else []
-            found |= {f"{key}.{one}": "name the file of training data" for one in lost}
+            wanted = "name the file of training data"
+            if split.names and split.source is None and kind_of(split.names[0]) is None:
+                wanted += f", or set {key}.source if {split.names[0]} is not MUGE's"
+            found |= {f"{key}.{one}": wanted for one in lost}
         elif kind == "muge" and bool(split.names) != (split.images is not None):
             found[key] = "give both queries and images, or neither"
     return found
