@@ -293,7 +293,7 @@ def evaluate(
         processor: its :class:`bagformer.BagFormerProcessor`.
         dataset: with ``queries``, a sequence of rows with ``query_id``, ``text`` and ``item_ids``
             (empty where not known), and ``images``, a mapping from item id to picture whose order
-            numbers them: a :class:`bagformer.data.muge.MugeDataset`.
+            numbers them: a :class:`bagformer.data.rows.Pairs`.
         batch_size: texts, and pictures, at once. Under ``original`` it changes the bags.
         num_workers: processes that read pictures; 0 reads in this one.
         k_test: how many candidates of each row the matching head re-orders (``rank``: by its logit,
@@ -307,7 +307,7 @@ def evaluate(
     Raises:
         ValueError: no queries or images, an item that is not there, ``k_test`` larger than the set
             or without a matching head, a score that is NaN, an unknown option.
-        MugeError: a picture that cannot be read, with file and line.
+        RecordError: a picture that cannot be read, with file and line or row.
     """
     wanted = tuple(DIRECTIONS) if directions == "both" else (directions,)
     if not set(wanted) <= set(DIRECTIONS):

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from bagformer.data.muge import MugeDataset
+from bagformer.data.rows import Pairs
 from bagformer.training.config import ConfigError, TrainConfig
 
 Validate = Callable[[Any, Any], dict[str, float]]
 
 
-def make_validate(config: TrainConfig, pairs: MugeDataset, progress: bool = False) -> Validate:
+def make_validate(config: TrainConfig, pairs: Pairs, progress: bool = False) -> Validate:
     """A function of model and processor that gives metrics by name."""
     from bagformer.evaluation import evaluate
 
