@@ -3,9 +3,12 @@
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
+#include "cpu/maxsim_outcome.h"
 #include "cpu/maxsim_pack.h"
+#include "cpu/maxsim_turned.h"
 #include "cpu/parallel.h"
 
 namespace bagformer {
@@ -26,13 +29,14 @@ template <class E>
 struct Texts {
     int64_t first = 0;
     std::vector<Places> places;
-    std::vector<E> packed;  // [texts][N * depth], the tail of each unused where bags are masked
+    std::vector<E> packed;  // [texts][room], the tail of each unused where bags are masked
 };
 
 // What one thread needs for one image and one block of texts.
-template <class T, class E>
+template <class In, class E, class T>
 struct Workspace {
     Places image;
+    TurnedImage<In, E, T> turned;
     std::vector<E> panels;
     std::vector<T> scales;  // of the packed patches, up to whole panels; empty: none
     std::vector<T> row_best, lane_best, bag_best;
@@ -56,7 +60,10 @@ class Forward {
           candidates_(call.image.rank == 4),
           images_(call.image.shape[call.image.rank - 3]),
           patches_(call.image.shape[call.image.rank - 2]),
-          argmax_(call.text_argmax || call.image_argmax) {}
+          argmax_(call.text_argmax || call.image_argmax),
+          turned_(std::is_same_v<In, ImageIn> && (candidates_ || texts_ <= kFewTexts)),
+          room_((turned_ ? round_up(bags_, kernels.lanes) : bags_) * depth_),
+          outcome_(call) {}
 
     void run() {
         if (texts_ == 0 || images_ == 0) return;
@@ -69,7 +76,7 @@ class Forward {
 
   private:
     int64_t text_bytes() const {
-        return std::max<int64_t>(1, bags_ * depth_ * static_cast<int64_t>(sizeof(E)));
+        return std::max<int64_t>(1, room_ * static_cast<int64_t>(sizeof(E)));
     }
 
     // How many parts a loop of `outer` items with `inner` steps each is cut into, so that every
@@ -85,14 +92,18 @@ class Forward {
         places.find(mask_row(call_.text_mask, text), call_.text_mask.strides[1], bags_);
         const Rows<In> rows{call_.text.template at<const In>(text), call_.text.strides[1],
                             call_.text.strides[2], features_};
-        pack_text(rows, places, kernels_.max_rows, into.packed.data() + slot * bags_ * depth_);
+        E* out = into.packed.data() + slot * room_;
+        if (turned_)
+            pack_image(rows, places, kernels_.lanes, quick_, out);
+        else
+            pack_text(rows, places, kernels_.max_rows, out);
     }
 
     void run_all_pairs() {
         const int64_t group = std::clamp<int64_t>(kGroupBytes / text_bytes(), 1, texts_);
         Texts<E> packed;
         packed.places.resize(group);
-        packed.packed.resize(group * bags_ * depth_);
+        packed.packed.resize(group * room_);
         for (int64_t first = 0; first < texts_; first += group) {
             const int64_t count = std::min(group, texts_ - first);
             packed.first = first;
@@ -101,8 +112,11 @@ class Forward {
             const int64_t cuts = parts(images_, count);
             parallel_for(images_ * cuts, call_.n_threads, [&](int64_t item, int worker) {
                 const int64_t cut = item % cuts;
-                score_image(packed, count * cut / cuts, count * (cut + 1) / cuts, item / cuts,
-                            workers_[worker]);
+                const int64_t begin = count * cut / cuts, end = count * (cut + 1) / cuts;
+                if (turned_)
+                    score_turned(packed, begin, end, item / cuts, workers_[worker]);
+                else
+                    score_image(packed, begin, end, item / cuts, workers_[worker]);
             });
         }
     }
@@ -110,20 +124,64 @@ class Forward {
     void run_candidates() {
         const int64_t cuts = parts(texts_, images_);
         parallel_for(texts_ * cuts, call_.n_threads, [&](int64_t item, int worker) {
-            Workspace<T, E>& work = workers_[worker];
+            Workspace<In, E, T>& work = workers_[worker];
             const int64_t text = item / cuts, cut = item % cuts;
             work.own.first = text;
             work.own.places.resize(1);
-            work.own.packed.resize(bags_ * depth_);
+            work.own.packed.resize(room_);
             pack_one(work.own, 0, text);
             for (int64_t k = images_ * cut / cuts; k < images_ * (cut + 1) / cuts; ++k)
-                score_image(work.own, 0, 1, k, work);
+                if (turned_)
+                    score_turned(work.own, 0, 1, k, work);
+                else
+                    score_image(work.own, 0, 1, k, work);
         });
+    }
+
+    void find_patches(int64_t i, int64_t j, Places& into) const {
+        const View& mask = call_.image_mask;
+        into.find(mask_row(mask, i, j), mask.strides[call_.image.rank - 2], patches_);
+    }
+
+    Rows<ImageIn> image_rows(int64_t i, int64_t j) const {
+        const View& view = call_.image;
+        return {view.template at<const ImageIn>(i, j), view.strides[view.rank - 2],
+                view.strides[view.rank - 1], features_};
+    }
+
+    // Scores texts [begin, end) with image `image` (candidate form: of the one text), which is read
+    // where it lies.
+    void score_turned(const Texts<E>& texts, int64_t begin, int64_t end, int64_t image,
+                      Workspace<In, E, T>& work) {
+        if constexpr (std::is_same_v<In, ImageIn>) {
+            const int64_t i = candidates_ ? texts.first : image, j = candidates_ ? image : 0;
+            find_patches(i, j, work.image);
+            const int64_t step = candidates_ ? 1 : std::max(1, call_.n_threads);
+            const In* next = image + step >= images_ ? nullptr
+                             : candidates_           ? image_rows(i, j + step).features
+                                                     : image_rows(i + step, j).features;
+            if (work.image.count() > 0)
+                work.turned.set(image_rows(i, j), work.image, next, kernels_);
+            work.bag_best.resize(round_up(bags_, kernels_.lanes));
+            if (argmax_) work.bag_patch.resize(work.bag_best.size());
+            for (int64_t slot = begin; slot < end; ++slot) {
+                const Places& bags = texts.places[slot];
+                const bool any = bags.count() > 0 && work.image.count() > 0;
+                Maxima<T> found{work.bag_best.data(), argmax_ ? work.bag_patch.data() : nullptr,
+                                work.turned.patch_best(), nullptr, false};
+                if (any)
+                    found.has_nan =
+                        work.turned.score(texts.packed.data() + slot * room_, bags.count(),
+                                          found.bag_best, found.bag_patch);
+                if (argmax_) found.patch_bag = work.turned.patch_bag();
+                outcome_.write(texts.first + slot, image, bags, work.image, any ? &found : nullptr);
+            }
+        }
     }
 
     // Packs image `image` (candidate form: of the one text) and scores texts [begin, end) with it.
     void score_image(const Texts<E>& texts, int64_t begin, int64_t end, int64_t image,
-                     Workspace<T, E>& work) {
+                     Workspace<In, E, T>& work) {
         pack_panels(texts.first, image, work);
         const int64_t lanes = kernels_.lanes, padded = panels(work) * lanes;
         const int64_t state = (bags_ * lanes + padded) * static_cast<int64_t>(sizeof(T));
@@ -152,18 +210,14 @@ class Forward {
         }
     }
 
-    int64_t panels(const Workspace<T, E>& work) const {
+    int64_t panels(const Workspace<In, E, T>& work) const {
         return (work.image.count() + kernels_.lanes - 1) / kernels_.lanes;
     }
 
-    void pack_panels(int64_t text, int64_t image, Workspace<T, E>& work) {
-        const View& view = call_.image;
+    void pack_panels(int64_t text, int64_t image, Workspace<In, E, T>& work) {
         const int64_t i = candidates_ ? text : image, j = candidates_ ? image : 0;
-        work.image.find(mask_row(call_.image_mask, i, j), call_.image_mask.strides[view.rank - 2],
-                        patches_);
+        find_patches(i, j, work.image);
         work.panels.resize(panels(work) * kernels_.lanes * depth_);
-        const Rows<ImageIn> rows{view.template at<const ImageIn>(i, j), view.strides[view.rank - 2],
-                                 view.strides[view.rank - 1], features_};
         const View& scales = call_.image_scales;
         if (scales) {
             work.scales.assign(panels(work) * kernels_.lanes, T(0));
@@ -171,15 +225,15 @@ class Forward {
             for (int32_t k = 0; k < work.image.count(); ++k)
                 work.scales[k] = first[work.image.index[k] * scales.strides[scales.rank - 1]];
         }
-        pack_image(rows, work.image, kernels_.lanes, quick_, work.panels.data());
+        pack_image(image_rows(i, j), work.image, kernels_.lanes, quick_, work.panels.data());
     }
 
     void score_panel(const Texts<E>& texts, int64_t text, int64_t slot, int64_t panel,
-                     int64_t padded, Workspace<T, E>& work) {
+                     int64_t padded, Workspace<In, E, T>& work) {
         const int64_t lanes = kernels_.lanes, state = slot * bags_ * lanes;
         PanelJob<T, E> job;
         job.panel = work.panels.data() + panel * lanes * depth_;
-        job.rows = texts.packed.data() + text * bags_ * depth_;
+        job.rows = texts.packed.data() + text * room_;
         job.depth = depth_;
         job.scales = work.scales.empty() ? nullptr : work.scales.data() + panel * lanes;
         job.valid = static_cast<int32_t>(std::min(lanes, work.image.count() - panel * lanes));
@@ -194,57 +248,24 @@ class Forward {
 
     // Both scores of one pair from its maxima.
     void finish(const Texts<E>& texts, int64_t slot_in_group, int64_t slot, int64_t image,
-                int64_t padded, Workspace<T, E>& work) {
+                int64_t padded, Workspace<In, E, T>& work) {
         const Places& text = texts.places[slot_in_group];
         const int64_t i = texts.first + slot_in_group;
-        const int64_t turned_i = candidates_ ? i : image, turned_j = candidates_ ? image : i;
-        if (text.count() == 0 || work.image.count() == 0) {
-            if (call_.t2i) *call_.t2i.template at<T>(i, image) = T(0);
-            if (call_.i2t) *call_.i2t.template at<T>(turned_i, turned_j) = T(0);
-            store_argmax(call_.text_argmax, i, image, text, nullptr);
-            store_argmax(call_.image_argmax, turned_i, turned_j, work.image, nullptr);
-            return;
-        }
+        if (text.count() == 0 || work.image.count() == 0)
+            return outcome_.write(i, image, text, work.image, nullptr);
         const int64_t state = slot * bags_ * kernels_.lanes;
-        const bool has_nan = work.has_nan[slot] != 0;
+        const Maxima<T> found{work.bag_best.data(), argmax_ ? work.bag_patch.data() : nullptr,
+                              work.lane_best.data() + slot * padded,
+                              argmax_ ? work.lane_row.data() + slot * padded : nullptr,
+                              work.has_nan[slot] != 0};
         RowsJob<T> rows;
         rows.row_best = work.row_best.data() + state;
         rows.row_panel = argmax_ ? work.row_panel.data() + state : nullptr;
         rows.n_rows = text.count();
-        rows.best = work.bag_best.data();
-        rows.patch = argmax_ ? work.bag_patch.data() : nullptr;
-        kernels_.rows(rows, has_nan);
-        if (call_.t2i || call_.text_argmax) {
-            settle(rows.best, rows.patch, text, work.image);
-            store_argmax(call_.text_argmax, i, image, text, rows.patch);
-            if (call_.t2i) *call_.t2i.template at<T>(i, image) = score(rows.best, text, has_nan);
-        }
-        if (call_.i2t || call_.image_argmax) {
-            T* best = work.lane_best.data() + slot * padded;
-            int32_t* bag = argmax_ ? work.lane_row.data() + slot * padded : nullptr;
-            settle(best, bag, work.image, text);
-            store_argmax(call_.image_argmax, turned_i, turned_j, work.image, bag);
-            if (call_.i2t)
-                *call_.i2t.template at<T>(turned_i, turned_j) = score(best, work.image, has_nan);
-        }
-    }
-
-    // Winners as the caller counts tokens; in zero mode masked tokens of the other side compete.
-    void settle(T* best, int32_t* winner, const Places& own, const Places& other) const {
-        const int32_t masked = call_.zero_mode ? other.first_masked : -1;
-        for (int32_t k = 0; k < own.count(); ++k) {
-            if (winner != nullptr) winner[k] = other.index[winner[k]];
-            if (masked < 0) continue;
-            if (winner != nullptr && (best[k] < T(0) || (best[k] == T(0) && masked < winner[k])))
-                winner[k] = masked;
-            if (best[k] < T(0)) best[k] = T(0);
-        }
-    }
-
-    T score(const T* best, const Places& own, bool has_nan) const {
-        if (has_nan) return std::numeric_limits<T>::quiet_NaN();
-        const T total = ordered_sum(best, own.count());
-        return call_.mean ? total / static_cast<T>(own.count()) : total;
+        rows.best = found.bag_best;
+        rows.patch = found.bag_patch;
+        kernels_.rows(rows, found.has_nan);
+        outcome_.write(i, image, text, work.image, &found);
     }
 
     const MaxSimForward& call_;
@@ -254,7 +275,10 @@ class Forward {
     bool candidates_;
     int64_t images_, patches_;
     bool argmax_;
-    std::vector<Workspace<T, E>> workers_;
+    bool turned_;   // texts are packed for the turned kernel
+    int64_t room_;  // of one packed text
+    Outcome<T> outcome_;
+    std::vector<Workspace<In, E, T>> workers_;
 };
 
 // Images of eight-bit numbers. Their products with the text run as those of the text's own type do;

@@ -23,6 +23,13 @@
 #include "cpu/numbers.h"
 #include "cpu/view.h"
 
+// The sums of a tile stay in registers only if what fills and what folds them become one function.
+#if defined(__GNUC__)
+#define BAGFORMER_INLINE inline __attribute__((always_inline))
+#else
+#define BAGFORMER_INLINE inline
+#endif
+
 namespace bagformer {
 
 // One text against one panel of one image. T: scores, float or double. E: what is packed, T itself
@@ -52,6 +59,24 @@ struct RowsJob {
     int32_t* patch;  // [n_rows] place among the packed patches; null: no argmax
 };
 
+// One text against one image, turned: bags lie across the lanes, and patches are rows that are read
+// where they lie. See docs/maxsim.md.
+template <class T, class E>
+struct TurnedJob {
+    // Patches, as the image holds them. Spare places of the last tile of max_rows hold the last
+    // patch again; max_rows more are asked for from memory meanwhile, and may be any address.
+    const void* const* rows;
+    int32_t n_rows;     // patches
+    const E* panels;    // the text: [panels][depth][lanes]
+    int64_t depth;      // D, in elements of E
+    int32_t n_lanes;    // bags
+    E* wide;            // [max_rows][depth] scratch; null where rows hold E already
+    T* lane_best;       // [panels * lanes] maximum of each bag; written
+    T* row_best;        // [n_rows, up to whole tiles] maximum of each patch; written
+    int32_t* lane_row;  // [panels * lanes] its patch; null: no argmax
+    int32_t* row_lane;  // [n_rows, up to whole tiles] its bag
+};
+
 // One panel from token rows with stride 1 along D: `count` of them, at places[0..count).
 using PackPanel = void (*)(const void* features, int64_t token_stride, const int32_t* places,
                            int32_t count, int64_t depth, void* panel);
@@ -64,6 +89,10 @@ struct MaxSimKernels {
     // makes both scores NaN); with argmax they are exact, the first NaN winning.
     bool (*panel)(const PanelJob<T, E>& job);
     void (*rows)(const RowsJob<T>& job, bool has_nan);
+    // As `panel`, of a whole pair: rows of E and, where there is any, of bfloat16 and float16.
+    bool (*turned)(const TurnedJob<T, E>& job);
+    bool (*turned_bf16)(const TurnedJob<T, E>& job) = nullptr;
+    bool (*turned_f16)(const TurnedJob<T, E>& job) = nullptr;
     // Quick packing from float32, bfloat16, float16, int8 and float8, where there is any.
     PackPanel pack_f32 = nullptr, pack_bf16 = nullptr, pack_f16 = nullptr;
     PackPanel pack_i8 = nullptr, pack_f8 = nullptr;

@@ -165,9 +165,11 @@ void pack_panel(const void* features, int64_t token_stride, const int32_t* place
     }
 }
 
+#include "cpu/maxsim_turned_kernel.h"
+
 template <class Vec>
 MaxSimKernels<typename Vec::T, typename Vec::E> kernels_over() {
-    return {2 * Vec::kWidth, Vec::kMaxRows, score_panel<Vec>, reduce_rows<Vec>};
+    return {2 * Vec::kWidth, Vec::kMaxRows, score_panel<Vec>, reduce_rows<Vec>, score_turned<Vec>};
 }
 
 template <class Vec>
@@ -178,5 +180,7 @@ MaxSimKernels<float> f32_kernels_over() {
     kernels.pack_f16 = pack_panel<Vec, Half>;
     kernels.pack_i8 = pack_panel<Vec, int8_t>;
     kernels.pack_f8 = pack_panel<Vec, Float8>;
+    kernels.turned_bf16 = score_turned<Vec, BFloat16>;
+    kernels.turned_f16 = score_turned<Vec, Half>;
     return kernels;
 }
