@@ -141,8 +141,22 @@ def test_rows_that_cannot_stay_where_they_are(isa, dtype):
     assert all(same_bits(score, once[0][:, :1]) for score in once[0].split(1, dim=1))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("texts", [2, 3, 4, 5])
+def test_a_few_texts_at_once(isa, dtype, texts):
+    text, image = features(MANY, 16, 130, dtype=dtype), features(3, 30, 130, seed=1, dtype=dtype)
+    text_mask, image_mask = mask(MANY, 16), mask(3, 30, seed=1)
+    call = {"image_mask": image_mask, "return_argmax": True}
+    many = maxsim(text, image, text_mask=text_mask, **call)
+    few = maxsim(text[:texts], image, text_mask=text_mask[:texts], **call)
+    assert same_bits(few.text_to_image, many.text_to_image[:texts])
+    assert same_bits(few.image_to_text, many.image_to_text[:, :texts])
+    assert same_bits(few.text_argmax, many.text_argmax[:texts])
+    assert same_bits(few.image_argmax, many.image_argmax[:, :texts])
+
+
 def test_threads_and_directions(isa):
-    text, image = features(2, 11, 32), features(5, 40, 32, seed=1)
+    text, image = features(1, 11, 32), features(5, 40, 32, seed=1)
     wanted = maxsim(text, image)
     before = torch.get_num_threads()
     try:
@@ -176,7 +190,10 @@ def test_gradients_through_the_winners_of_few_texts(isa):
 
 
 def test_no_bags_or_no_patches(isa):
-    for text, image in ((features(1, 0, 8), features(2, 5, 8)), (features(1, 4, 8), features(2, 0, 8))):
+    for text, image in (
+        (features(1, 0, 8), features(2, 5, 8)),
+        (features(1, 4, 8), features(2, 0, 8)),
+    ):
         scores = maxsim(text, image, return_argmax=True)
         assert scores.text_to_image.tolist() == [[0.0, 0.0]]
         assert (scores.text_argmax == -1).all() and (scores.image_argmax == -1).all()

@@ -61,7 +61,8 @@ class Forward {
           images_(call.image.shape[call.image.rank - 3]),
           patches_(call.image.shape[call.image.rank - 2]),
           argmax_(call.text_argmax || call.image_argmax),
-          turned_(std::is_same_v<In, ImageIn> && (candidates_ || texts_ <= kFewTexts)),
+          turned_(std::is_same_v<In, ImageIn> &&
+                  takes_turned(candidates_ ? 1 : texts_, bags_, features_, kernels.lanes / 2)),
           room_((turned_ ? round_up(bags_, kernels.lanes) : bags_) * depth_),
           outcome_(call) {}
 
