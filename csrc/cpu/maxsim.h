@@ -14,7 +14,7 @@
 //
 // One step of the inner loop takes one d: `lanes` patches from the panel, each bag's value
 // broadcast. height x lanes similarities stay in registers over all of D and are folded into both
-// maxima there.
+// maxima there. Where an image meets few texts the tile is turned, see TurnedJob.
 #pragma once
 
 #include <cstdint>

@@ -14,11 +14,14 @@ namespace bagformer {
 struct Places {
     std::vector<int32_t> index;
     int32_t first_masked = -1;  // -1: none is masked
+    int64_t whole = -1;         // of so many tokens all are here, none having had a mask
 
     int32_t count() const { return static_cast<int32_t>(index.size()); }
 
     // `mask` points at the first token's flag; null: all `tokens` count.
     void find(const uint8_t* mask, int64_t stride, int64_t tokens) {
+        if (mask == nullptr && whole == tokens) return;
+        whole = mask == nullptr ? tokens : -1;
         index.clear();
         first_masked = -1;
         for (int64_t token = 0; token < tokens; ++token) {
