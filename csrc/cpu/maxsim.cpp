@@ -2,12 +2,14 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <limits>
 #include <type_traits>
 #include <vector>
 
 #include "cpu/maxsim_outcome.h"
 #include "cpu/maxsim_pack.h"
+#include "cpu/maxsim_texts.h"
 #include "cpu/maxsim_turned.h"
 #include "cpu/parallel.h"
 
@@ -24,13 +26,6 @@ constexpr int64_t kItemsPerThread = 4;
 const uint8_t* mask_row(const View& mask, int64_t i, int64_t j = 0) {
     return mask ? mask.at<const uint8_t>(i, mask.rank == 3 ? j : 0) : nullptr;
 }
-
-template <class E>
-struct Texts {
-    int64_t first = 0;
-    std::vector<Places> places;
-    std::vector<E> packed;  // [texts][room], the tail of each unused where bags are masked
-};
 
 // What one thread needs for one image and one block of texts.
 template <class In, class E, class T>
@@ -88,32 +83,44 @@ class Forward {
         return std::clamp<int64_t>((wanted + outer - 1) / outer, 1, inner);
     }
 
-    void pack_one(Texts<E>& into, int64_t slot, int64_t text) {
-        Places& places = into.places[slot];
-        places.find(mask_row(call_.text_mask, text), call_.text_mask.strides[1], bags_);
-        const Rows<In> rows{call_.text.template at<const In>(text), call_.text.strides[1],
-                            call_.text.strides[2], features_};
-        E* out = into.packed.data() + slot * room_;
-        if (turned_)
-            pack_image(rows, places, kernels_.lanes, quick_, out);
-        else
-            pack_text(rows, places, kernels_.max_rows, out);
+    Rows<In> text_rows(int64_t text) const {
+        return {call_.text.template at<const In>(text), call_.text.strides[1],
+                call_.text.strides[2], features_};
+    }
+
+    // Packs texts [first, first + count) of the call.
+    void pack_texts(Texts<E>& into, int64_t first, int64_t count, int n_threads) const {
+        into.first = first;
+        parallel_for(count, n_threads, [&](int64_t slot, int) {
+            Places& places = into.places[slot];
+            places.find(mask_row(call_.text_mask, first + slot), call_.text_mask.strides[1], bags_);
+            if (turned_)
+                pack_image(text_rows(first + slot), places, kernels_.lanes, quick_,
+                           into.packed.data() + slot * room_);
+        });
+        if (turned_) return;
+        into.bundle(count, kernels_.max_rows);
+        parallel_for(std::ssize(into.bundles), n_threads, [&](int64_t k, int) {
+            const Bundle& bundle = into.bundles[k];
+            pack_bundle(
+                into, bundle, kernels_.max_rows,
+                [&](int64_t slot) { return text_rows(first + slot); },
+                into.packed.data() + bundle.first * room_);
+        });
     }
 
     void run_all_pairs() {
         const int64_t group = std::clamp<int64_t>(kGroupBytes / text_bytes(), 1, texts_);
         Texts<E> packed;
-        packed.places.resize(group);
-        packed.packed.resize(group * room_);
+        packed.resize(group, room_);
         for (int64_t first = 0; first < texts_; first += group) {
             const int64_t count = std::min(group, texts_ - first);
-            packed.first = first;
-            parallel_for(count, call_.n_threads,
-                         [&](int64_t slot, int) { pack_one(packed, slot, first + slot); });
-            const int64_t cuts = parts(images_, count);
+            pack_texts(packed, first, count, call_.n_threads);
+            const int64_t steps = turned_ ? count : std::ssize(packed.bundles);
+            const int64_t cuts = parts(images_, steps);
             parallel_for(images_ * cuts, call_.n_threads, [&](int64_t item, int worker) {
                 const int64_t cut = item % cuts;
-                const int64_t begin = count * cut / cuts, end = count * (cut + 1) / cuts;
+                const int64_t begin = steps * cut / cuts, end = steps * (cut + 1) / cuts;
                 if (turned_)
                     score_turned(packed, begin, end, item / cuts, workers_[worker]);
                 else
@@ -127,10 +134,8 @@ class Forward {
         parallel_for(texts_ * cuts, call_.n_threads, [&](int64_t item, int worker) {
             Workspace<In, E, T>& work = workers_[worker];
             const int64_t text = item / cuts, cut = item % cuts;
-            work.own.first = text;
-            work.own.places.resize(1);
-            work.own.packed.resize(room_);
-            pack_one(work.own, 0, text);
+            work.own.resize(1, room_);
+            pack_texts(work.own, text, 1, 1);
             for (int64_t k = images_ * cut / cuts; k < images_ * (cut + 1) / cuts; ++k)
                 if (turned_)
                     score_turned(work.own, 0, 1, k, work);
@@ -180,35 +185,64 @@ class Forward {
         }
     }
 
-    // Packs image `image` (candidate form: of the one text) and scores texts [begin, end) with it.
+    // Packs image `image` (candidate form: of the one text) and scores bundles [begin, end) with
+    // it.
     void score_image(const Texts<E>& texts, int64_t begin, int64_t end, int64_t image,
                      Workspace<In, E, T>& work) {
         pack_panels(texts.first, image, work);
-        const int64_t lanes = kernels_.lanes, padded = panels(work) * lanes;
-        const int64_t state = (bags_ * lanes + padded) * static_cast<int64_t>(sizeof(T));
-        const int64_t block =
-            std::clamp<int64_t>(kBlockBytes / (text_bytes() + state), 1, end - begin);
-        work.row_best.resize(block * bags_ * lanes);
-        work.lane_best.resize(block * padded);
-        work.has_nan.resize(block);
         work.bag_best.resize(bags_);
+        if (argmax_) work.bag_patch.resize(bags_);
+        const int64_t row_bytes = depth_ * sizeof(E) + kernels_.lanes * sizeof(T);
+        const int64_t text_bytes = panels(work) * kernels_.lanes * sizeof(T);
+        while (begin < end) {
+            int64_t last = begin, bytes = 0;
+            do {
+                const Bundle& bundle = texts.bundles[last];
+                bytes += bundle.rows * row_bytes + bundle.texts * text_bytes;
+            } while (++last < end && bytes < kBlockBytes);
+            score_block(texts, begin, last, image, work);
+            begin = last;
+        }
+    }
+
+    // Of each bundle [begin, end): the bundle, its first row and its first text within the block.
+    template <class Use>
+    void each_bundle(const Texts<E>& texts, int64_t begin, int64_t end, Use&& use) const {
+        int64_t row = 0, text = 0;
+        for (int64_t k = begin; k < end; ++k) {
+            const Bundle& bundle = texts.bundles[k];
+            use(bundle, row, text);
+            row += bundle.rows;
+            text += bundle.texts;
+        }
+    }
+
+    void score_block(const Texts<E>& texts, int64_t begin, int64_t end, int64_t image,
+                     Workspace<In, E, T>& work) {
+        const int64_t lanes = kernels_.lanes, padded = panels(work) * lanes;
+        int64_t n_rows = 0, n_texts = 0;
+        each_bundle(texts, begin, end, [&](const Bundle& bundle, int64_t row, int64_t text) {
+            n_rows = row + bundle.rows;
+            n_texts = text + bundle.texts;
+        });
+        work.row_best.assign(n_rows * lanes, -std::numeric_limits<T>::infinity());
+        work.lane_best.resize(n_texts * padded);
+        work.has_nan.assign(n_texts, 0);
         if (argmax_) {
-            work.row_panel.resize(block * bags_ * lanes);
-            work.lane_row.resize(block * padded);
-            work.bag_patch.resize(bags_);
+            work.row_panel.assign(n_rows * lanes, 0);
+            work.lane_row.resize(n_texts * padded);
         }
-        for (int64_t first = begin; first < end; first += block) {
-            const int64_t count = std::min(block, end - first);
-            std::fill(work.row_best.begin(), work.row_best.end(),
-                      -std::numeric_limits<T>::infinity());
-            std::fill(work.row_panel.begin(), work.row_panel.end(), 0);
-            std::fill(work.has_nan.begin(), work.has_nan.end(), char{0});
-            for (int64_t panel = 0; panel < panels(work); ++panel)
-                for (int64_t slot = 0; slot < count; ++slot)
-                    score_panel(texts, first + slot, slot, panel, padded, work);
-            for (int64_t slot = 0; slot < count; ++slot)
-                finish(texts, first + slot, slot, image, padded, work);
-        }
+        for (int64_t panel = 0; panel < panels(work); ++panel)
+            each_bundle(texts, begin, end, [&](const Bundle& bundle, int64_t row, int64_t text) {
+                score_panel(texts, bundle, row, text, panel, padded, work);
+            });
+        each_bundle(texts, begin, end, [&](const Bundle& bundle, int64_t row, int64_t text) {
+            for (int64_t k = 0; k < bundle.texts; ++k) {
+                const int64_t slot = bundle.first + k;
+                const int64_t start = row + texts.ends[slot] - texts.places[slot].count();
+                finish(texts, slot, start, text + k, image, padded, work);
+            }
+        });
     }
 
     int64_t panels(const Workspace<In, E, T>& work) const {
@@ -229,44 +263,49 @@ class Forward {
         pack_image(image_rows(i, j), work.image, kernels_.lanes, quick_, work.panels.data());
     }
 
-    void score_panel(const Texts<E>& texts, int64_t text, int64_t slot, int64_t panel,
-                     int64_t padded, Workspace<In, E, T>& work) {
-        const int64_t lanes = kernels_.lanes, state = slot * bags_ * lanes;
+    void score_panel(const Texts<E>& texts, const Bundle& bundle, int64_t row, int64_t text,
+                     int64_t panel, int64_t padded, Workspace<In, E, T>& work) {
+        const int64_t lanes = kernels_.lanes, at = text * padded + panel * lanes;
         PanelJob<T, E> job;
         job.panel = work.panels.data() + panel * lanes * depth_;
-        job.rows = texts.packed.data() + text * room_;
+        job.rows = texts.packed.data() + bundle.first * room_;
         job.depth = depth_;
         job.scales = work.scales.empty() ? nullptr : work.scales.data() + panel * lanes;
         job.valid = static_cast<int32_t>(std::min(lanes, work.image.count() - panel * lanes));
         job.index = static_cast<int32_t>(panel);
-        job.n_rows = texts.places[text].count();
-        job.row_best = work.row_best.data() + state;
-        job.row_panel = argmax_ ? work.row_panel.data() + state : nullptr;
-        job.lane_best = work.lane_best.data() + slot * padded + panel * lanes;
-        job.lane_row = argmax_ ? work.lane_row.data() + slot * padded + panel * lanes : nullptr;
-        if (kernels_.panel(job)) work.has_nan[slot] = 1;
+        job.n_rows = bundle.rows;
+        job.row_best = work.row_best.data() + row * lanes;
+        job.row_panel = argmax_ ? work.row_panel.data() + row * lanes : nullptr;
+        job.lane_best = work.lane_best.data() + at;
+        job.lane_row = argmax_ ? work.lane_row.data() + at : nullptr;
+        char* has_nan = work.has_nan.data() + text;
+        if (bundle.texts == 1)
+            *has_nan |= static_cast<char>(kernels_.panel(job));
+        else
+            kernels_.shared({job, texts.ends.data() + bundle.first,
+                             static_cast<int32_t>(bundle.texts), padded, has_nan});
     }
 
-    // Both scores of one pair from its maxima.
-    void finish(const Texts<E>& texts, int64_t slot_in_group, int64_t slot, int64_t image,
+    // Both scores of text `slot` of the group, whose maxima are those of rows from `row` on and of
+    // text `text` of the block.
+    void finish(const Texts<E>& texts, int64_t slot, int64_t row, int64_t text, int64_t image,
                 int64_t padded, Workspace<In, E, T>& work) {
-        const Places& text = texts.places[slot_in_group];
-        const int64_t i = texts.first + slot_in_group;
-        if (text.count() == 0 || work.image.count() == 0)
-            return outcome_.write(i, image, text, work.image, nullptr);
-        const int64_t state = slot * bags_ * kernels_.lanes;
+        const Places& bags = texts.places[slot];
+        const int64_t i = texts.first + slot;
+        if (bags.count() == 0 || work.image.count() == 0)
+            return outcome_.write(i, image, bags, work.image, nullptr);
         const Maxima<T> found{work.bag_best.data(), argmax_ ? work.bag_patch.data() : nullptr,
-                              work.lane_best.data() + slot * padded,
-                              argmax_ ? work.lane_row.data() + slot * padded : nullptr,
-                              work.has_nan[slot] != 0};
+                              work.lane_best.data() + text * padded,
+                              argmax_ ? work.lane_row.data() + text * padded : nullptr,
+                              work.has_nan[text] != 0};
         RowsJob<T> rows;
-        rows.row_best = work.row_best.data() + state;
-        rows.row_panel = argmax_ ? work.row_panel.data() + state : nullptr;
-        rows.n_rows = text.count();
+        rows.row_best = work.row_best.data() + row * kernels_.lanes;
+        rows.row_panel = argmax_ ? work.row_panel.data() + row * kernels_.lanes : nullptr;
+        rows.n_rows = bags.count();
         rows.best = found.bag_best;
         rows.patch = found.bag_patch;
         kernels_.rows(rows, found.has_nan);
-        outcome_.write(i, image, text, work.image, &found);
+        outcome_.write(i, image, bags, work.image, &found);
     }
 
     const MaxSimForward& call_;

@@ -49,6 +49,16 @@ struct PanelJob {
     int32_t* lane_row;   // [lanes] its bag; written; null: no argmax
 };
 
+// Several texts, whose bags share tiles as those of one long text would.
+template <class T, class E>
+struct SharedJob {
+    PanelJob<T, E> all;   // rows of all texts; lane_best and lane_row of the first
+    const int32_t* ends;  // [n_texts] rows of this text and those before it
+    int32_t n_texts;
+    int64_t lane_stride;  // from lane_best and lane_row of one text to those of the next
+    char* has_nan;        // [n_texts] set to 1 where a NaN is among a text's similarities
+};
+
 // The maxima of one text's bags, once all panels are folded.
 template <class T>
 struct RowsJob {
@@ -89,8 +99,10 @@ struct MaxSimKernels {
     // makes both scores NaN); with argmax they are exact, the first NaN winning.
     bool (*panel)(const PanelJob<T, E>& job);
     void (*rows)(const RowsJob<T>& job, bool has_nan);
-    // As `panel`, of a whole pair: rows of E and, where there is any, of bfloat16 and float16.
+    // As `panel`: of a whole pair, from rows of E and, where there is any, of bfloat16 and float16;
+    // and of several texts.
     bool (*turned)(const TurnedJob<T, E>& job);
+    void (*shared)(const SharedJob<T, E>& job);
     bool (*turned_bf16)(const TurnedJob<T, E>& job) = nullptr;
     bool (*turned_f16)(const TurnedJob<T, E>& job) = nullptr;
     // Quick packing from float32, bfloat16, float16, int8 and float8, where there is any.

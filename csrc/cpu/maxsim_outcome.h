@@ -55,6 +55,7 @@ class Outcome {
     // Winners as the caller counts tokens; in zero mode masked tokens of the other side compete.
     void settle(T* best, int32_t* winner, const Places& own, const Places& other) const {
         const int32_t masked = call_.zero_mode ? other.first_masked : -1;
+        if (winner == nullptr && masked < 0) return;
         for (int32_t k = 0; k < own.count(); ++k) {
             if (winner != nullptr) winner[k] = other.index[winner[k]];
             if (masked < 0) continue;
