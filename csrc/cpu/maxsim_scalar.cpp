@@ -2,6 +2,7 @@
 // whatever vectors the baseline has.
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/maxsim.h"
 #include "cpu/numbers.h"
