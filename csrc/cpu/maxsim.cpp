@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/maxsim_int8.h"
 #include "cpu/maxsim_pack.h"
 #include "cpu/parallel.h"
 
@@ -284,6 +285,7 @@ void forward_quantized(const MaxSimForward& call, const CpuKernels& kernels,
 }  // namespace
 
 void maxsim_forward(const MaxSimForward& call) {
+    if (call.text.dtype == DType::i8) return maxsim_int8_forward(call);
     using Singles = MaxSimKernels<float>;
     using Pairs = MaxSimKernels<float, BFloat16Pair>;
     const CpuKernels& kernels = kernels_of(active_isa());
