@@ -17,7 +17,7 @@ _ARGUMENTS = (
 )
 
 
-def _run(
+def run(
     text: Tensor,
     values: Tensor,
     text_scales: Tensor,
@@ -108,7 +108,7 @@ def _fake(
 
 define(
     f"maxsim_int8({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)",
-    _run,
+    run,
     _fake,
     _maxsim_ops._flops,
 )
