@@ -21,7 +21,8 @@ from bagformer.ops.backend import choose_backend
 
 BACKENDS = ("cpu", "torch", "reference")
 # texts, bags, images, patches, features: whole and broken tiles, panels and words
-SHAPES = [(3, 14, 4, 67, 1), (2, 25, 3, 257, 64), (3, 7, 2, 33, 101), (1, 1, 2, 16, 130)]
+SHAPES = [(3, 14, 4, 67, 1), (2, 25, 3, 257, 64), (3, 7, 2, 33, 101), (1, 1, 2, 16, 130),
+          (1, 14, 3, 67, 64), (1, 40, 4, 27, 100), (1, 64, 2, 5, 4)]  # fmt: skip
 
 
 def stored(*shape: int, seed: int = 1) -> QuantizedFeatures:
@@ -135,6 +136,33 @@ def test_threads_company_and_form_change_no_bit(threads):
     assert same_bits(scores.text_to_image[2:3, 3:4], one.text_to_image)
     assert same_bits(scores.text_to_image, again.text_to_image)
     assert same_bits(scores.image_to_text.t(), again.image_to_text)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("kind", ["none", "random", "first_side_all", "all"])
+@pytest.mark.parametrize("mode", reference.MASK_MODES)
+@pytest.mark.parametrize("candidates", [0, 4])
+def test_one_text_reads_images_where_they_lie(isa, kind, mode, candidates, monkeypatch):
+    """With an argmax they are packed, which must change no bit of a score."""
+    monkeypatch.setenv("BAGFORMER_CPU_ISA", isa)
+    texts = 3 if candidates else 1
+    text, image = pair_of((texts, 37, 4, 30, 72), candidates)
+    text.scales[0, 3], image.scales[..., 2, 5] = float("nan"), float("nan")
+    keep = masks(kind, text.scales.shape, image.scales.shape)
+    if kind == "random":
+        keep[0][0, 3] = False
+    options = {"text_mask": keep[0], "image_mask": keep[1], "mask_mode": mode, "backend": "cpu"}
+    packed = maxsim_quantized(text, image, return_argmax=True, **options)
+    both = maxsim_quantized(text, image, **options)
+    assert same_bits(both.text_to_image, packed.text_to_image)
+    assert same_bits(both.image_to_text, packed.image_to_text)
+    for direction in reference.DIRECTIONS[1:]:
+        one = maxsim_quantized(text, image, directions=direction, **options)
+        assert same_bits(getattr(one, direction), getattr(packed, direction))
+    scattered = QuantizedFeatures(
+        image.values.repeat_interleave(2, dim=-2)[..., ::2, :], image.scales
+    )
+    assert same_bits(maxsim_quantized(text, scattered, **options).text_to_image, both.text_to_image)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

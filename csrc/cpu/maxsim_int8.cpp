@@ -5,6 +5,7 @@
 #include <limits>
 #include <vector>
 
+#include "cpu/maxsim_int8_pack.h"
 #include "cpu/maxsim_pack.h"
 #include "cpu/parallel.h"
 
@@ -16,6 +17,8 @@ namespace {
 constexpr int64_t kGroupBytes = int64_t{32} << 20;
 constexpr int64_t kBlockBytes = int64_t{384} << 10;
 constexpr int64_t kItemsPerThread = 4;
+// Fewer texts than these score an image where it lies, if they can.
+constexpr int64_t kManyTexts = 2;
 
 const Int8Kernels& int8_kernels_of(Isa isa) {
 #if BAGFORMER_X86
@@ -31,45 +34,6 @@ const uint8_t* mask_row(const View& mask, int64_t i, int64_t j = 0) {
     return mask ? mask.at<const uint8_t>(i, mask.rank == 3 ? j : 0) : nullptr;
 }
 
-// Word d of a token row: numbers past the last are 0.
-uint32_t word_of(const int8_t* row, int64_t stride, int64_t d, int64_t features, Int8Word kind) {
-    const int64_t count = kind == Int8Word::quad ? 4 : 2;
-    const int bits = static_cast<int>(32 / count);
-    uint32_t word = 0;
-    for (int64_t k = 0; k < count && d * count + k < features; ++k) {
-        const uint32_t number = static_cast<uint32_t>(int32_t{row[(d * count + k) * stride]});
-        word |= (bits == 8 ? number & 0xffu : number & 0xffffu) << (bits * k);
-    }
-    return word;
-}
-
-// Texts behind each other, `bags` rows of room for each.
-struct Int8Texts {
-    int64_t first = 0;
-    std::vector<Places> places;
-    std::vector<uint32_t> words;
-    std::vector<int32_t> starts;
-    std::vector<float> scales;
-
-    void resize(int64_t texts, int64_t bags, int64_t depth) {
-        places.resize(texts);
-        words.resize(texts * bags * depth);
-        starts.resize(texts * bags);
-        scales.resize(texts * bags);
-    }
-};
-
-// What one thread needs for one image and one block of texts.
-struct Int8Workspace {
-    Places image;
-    std::vector<uint32_t> panels;
-    std::vector<float> scales;
-    std::vector<float> row_best, lane_best, bag_best;
-    std::vector<int32_t> row_panel, lane_row, bag_patch;
-    std::vector<char> has_nan;
-    Int8Texts own;  // the candidate form packs its text here
-};
-
 class Int8Forward {
   public:
     Int8Forward(const MaxSimForward& call, const Int8Kernels& kernels)
@@ -82,7 +46,11 @@ class Int8Forward {
           candidates_(call.image.rank == 4),
           images_(call.image.shape[call.image.rank - 3]),
           patches_(call.image.shape[call.image.rank - 2]),
-          argmax_(call.text_argmax || call.image_argmax) {}
+          argmax_(call.text_argmax || call.image_argmax),
+          turned_(kernels.turned != nullptr && !argmax_ && (candidates_ || texts_ < kManyTexts) &&
+                  call.image.strides[call.image.rank - 1] == 1 &&
+                  features_ % kernels.features_in_word() == 0),
+          room_(turned_ ? round_up(bags_, kernels.lanes) : bags_) {}
 
     void run() {
         if (texts_ == 0 || images_ == 0) return;
@@ -94,7 +62,11 @@ class Int8Forward {
     }
 
   private:
-    int64_t text_bytes() const { return std::max<int64_t>(1, bags_ * (depth_ + 2) * 4); }
+    static int64_t round_up(int64_t value, int64_t step) {
+        return (value + step - 1) / step * step;
+    }
+
+    int64_t text_bytes() const { return std::max<int64_t>(1, room_ * (depth_ + 2) * 4); }
 
     int64_t parts(int64_t outer, int64_t inner) const {
         if (call_.n_threads <= 1) return 1;
@@ -105,21 +77,29 @@ class Int8Forward {
     void pack_text(Int8Texts& into, int64_t slot, int64_t text) const {
         Places& places = into.places[slot];
         places.find(mask_row(call_.text_mask, text), call_.text_mask.strides[1], bags_);
-        const int64_t stride = call_.text.strides[2], count = places.count();
-        const float* scales = call_.text_scales.at<const float>(text);
-        for (int64_t row = 0, tile = 0; row < count; ++tile) {
-            const int height =
-                tile_height(static_cast<int>(count), static_cast<int>(tile), kernels_.max_rows);
-            uint32_t* words = into.words.data() + (slot * bags_ + row) * depth_;
-            for (int r = 0; r < height; ++r) {
-                const int64_t bag = places.index[row + r], at = slot * bags_ + row + r;
-                const int8_t* numbers = call_.text.at<const int8_t>(text, bag);
-                for (int64_t d = 0; d < depth_; ++d)
-                    words[d * height + r] = word_of(numbers, stride, d, features_, kernels_.word);
-                into.scales[at] = scales[bag * call_.text_scales.strides[1]];
-                into.starts[at] = start_of(numbers, stride);
-            }
+        const int32_t count = places.count();
+        for (int32_t row = 0, tile = 0; row < count; ++tile) {
+            const int height = turned_ ? std::min(kernels_.lanes, count - row)
+                                       : tile_height(count, tile, kernels_.max_rows);
+            pack_rows(into, slot, text, row, height, turned_ ? kernels_.lanes : height);
             row += height;
+        }
+    }
+
+    // `height` bags from place `row` on, side by side in rows of `width` words.
+    void pack_rows(Int8Texts& into, int64_t slot, int64_t text, int32_t row, int height,
+                   int width) const {
+        const uint32_t plus = turned_ ? kPlus128 : 0;
+        const int64_t stride = call_.text.strides[2];
+        const float* scales = call_.text_scales.at<const float>(text);
+        uint32_t* words = into.words.data() + (slot * room_ + row) * depth_;
+        for (int r = 0; r < height; ++r) {
+            const int64_t bag = into.places[slot].index[row + r], at = slot * room_ + row + r;
+            const int8_t* numbers = call_.text.at<const int8_t>(text, bag);
+            for (int64_t d = 0; d < depth_; ++d)
+                words[d * width + r] = plus ^ word_of(numbers, stride, d, features_, kernels_.word);
+            into.scales[at] = scales[bag * call_.text_scales.strides[1]];
+            into.starts[at] = start_of(numbers, stride);
         }
     }
 
@@ -133,7 +113,7 @@ class Int8Forward {
     void run_all_pairs() {
         const int64_t group = std::clamp<int64_t>(kGroupBytes / text_bytes(), 1, texts_);
         Int8Texts packed;
-        packed.resize(group, bags_, depth_);
+        packed.resize(group, room_, depth_);
         for (int64_t first = 0; first < texts_; first += group) {
             const int64_t count = std::min(group, texts_ - first);
             packed.first = first;
@@ -154,7 +134,7 @@ class Int8Forward {
             Int8Workspace& work = workers_[worker];
             const int64_t text = item / cuts, cut = item % cuts;
             work.own.first = text;
-            work.own.resize(1, bags_, depth_);
+            work.own.resize(1, room_, depth_);
             pack_text(work.own, 0, text);
             for (int64_t k = images_ * cut / cuts; k < images_ * (cut + 1) / cuts; ++k)
                 score_image(work.own, 0, 1, k, work);
@@ -165,23 +145,28 @@ class Int8Forward {
         return (work.image.count() + kernels_.lanes - 1) / kernels_.lanes;
     }
 
-    void pack_image(int64_t text, int64_t image, Int8Workspace& work) const {
+    // The patches that count and their scales, up to whole panels or tiles.
+    void find_patches(int64_t i, int64_t j, int64_t step, Int8Workspace& work) const {
         const View &view = call_.image, &scales = call_.image_scales;
-        const int64_t i = candidates_ ? text : image, j = candidates_ ? image : 0;
         Places& places = work.image;
         places.find(mask_row(call_.image_mask, i, j), call_.image_mask.strides[view.rank - 2],
                     patches_);
+        work.scales.assign(round_up(places.count(), step), 0.0f);
+        const float* given = scales.at<const float>(i, candidates_ ? j : 0);
+        for (int32_t k = 0; k < places.count(); ++k)
+            work.scales[k] = given[places.index[k] * scales.strides[scales.rank - 1]];
+    }
+
+    void pack_image(int64_t i, int64_t j, Int8Workspace& work) const {
+        const View& view = call_.image;
+        const Places& places = work.image;
         const int64_t lanes = kernels_.lanes, count = places.count();
         work.panels.resize(panels(work) * lanes * depth_);
-        work.scales.assign(panels(work) * lanes, 0.0f);
         const int8_t* numbers = view.at<const int8_t>(i, j);
-        const float* given = scales.at<const float>(i, candidates_ ? j : 0);
         const int64_t token = view.strides[view.rank - 2], stride = view.strides[view.rank - 1];
-        for (int64_t k = 0; k < count; ++k)
-            work.scales[k] = given[places.index[k] * scales.strides[scales.rank - 1]];
         const bool quick =
             kernels_.pack && stride == 1 && features_ % kernels_.features_in_word() == 0;
-        const uint32_t plus = kernels_.word == Int8Word::quad ? 0x80808080u : 0;
+        const uint32_t plus = kernels_.word == Int8Word::quad ? kPlus128 : 0;
         for (int64_t first = 0; first < count; first += lanes) {
             const int32_t valid = static_cast<int32_t>(std::min(lanes, count - first));
             const int32_t* chosen = places.index.data() + first;
@@ -202,7 +187,10 @@ class Int8Forward {
     // Packs image `image` (candidate form: of the one text) and scores texts [begin, end) with it.
     void score_image(const Int8Texts& texts, int64_t begin, int64_t end, int64_t image,
                      Int8Workspace& work) const {
-        pack_image(texts.first, image, work);
+        const int64_t i = candidates_ ? texts.first : image, j = candidates_ ? image : 0;
+        if (turned_) return score_turned(texts, begin, end, i, j, image, work);
+        find_patches(i, j, kernels_.lanes, work);
+        pack_image(i, j, work);
         const int64_t lanes = kernels_.lanes, padded = panels(work) * lanes;
         const int64_t state = (bags_ * lanes + padded) * 4;
         const int64_t block =
@@ -234,10 +222,10 @@ class Int8Forward {
         const int64_t lanes = kernels_.lanes, state = slot * bags_ * lanes;
         Int8Job job;
         job.panel = work.panels.data() + panel * lanes * depth_;
-        job.rows = texts.words.data() + text * bags_ * depth_;
+        job.rows = texts.words.data() + text * room_ * depth_;
         job.depth = depth_;
-        job.starts = texts.starts.data() + text * bags_;
-        job.row_scales = texts.scales.data() + text * bags_;
+        job.starts = texts.starts.data() + text * room_;
+        job.row_scales = texts.scales.data() + text * room_;
         job.lane_scales = work.scales.data() + panel * lanes;
         job.valid = static_cast<int32_t>(std::min(lanes, work.image.count() - panel * lanes));
         job.index = static_cast<int32_t>(panel);
@@ -249,33 +237,88 @@ class Int8Forward {
         if (kernels_.panel(job)) work.has_nan[slot] = 1;
     }
 
-    // Both scores of one pair from its maxima.
-    void finish(const Int8Texts& texts, int64_t slot_in_group, int64_t slot, int64_t image,
-                int64_t padded, Int8Workspace& work) const {
-        const Places& text = texts.places[slot_in_group];
-        const int64_t i = texts.first + slot_in_group;
-        const int64_t turned_i = candidates_ ? i : image, turned_j = candidates_ ? image : i;
-        const bool scored = text.count() > 0 && work.image.count() > 0;
-        const bool has_nan = work.has_nan[slot] != 0;
+    // Image (i, j), read where it lies.
+    void score_turned(const Int8Texts& texts, int64_t begin, int64_t end, int64_t i, int64_t j,
+                      int64_t image, Int8Workspace& work) const {
+        find_patches(i, j, kernels_.max_rows, work);
+        const int64_t count = work.image.count(), padded = round_up(count, kernels_.max_rows);
+        work.rows.resize(padded + kernels_.max_rows);
+        work.starts.resize(padded);
+        work.row_best.resize(padded);
+        work.lane_best.resize(room_);
+        const int8_t* numbers = call_.image.at<const int8_t>(i, j);
+        const int64_t token = call_.image.strides[call_.image.rank - 2];
+        for (int64_t k = 0; k < padded; ++k) {
+            // a tile's spare rows are the last patch again, which changes no maximum
+            const int64_t at = std::min(k, count - 1);
+            work.rows[k] = numbers + work.image.index[at] * token;
+            work.scales[k] = work.scales[at];
+        }
+        const bool last = image + 1 == images_;
+        const int8_t* next =
+            last ? numbers
+                 : call_.image.at<const int8_t>(candidates_ ? i : i + 1, candidates_ ? j + 1 : j);
+        for (int64_t k = 0; k < kernels_.max_rows; ++k) work.rows[padded + k] = next + k * token;
+        Int8TurnedJob job;
+        job.rows = work.rows.data();
+        job.row_scales = work.scales.data();
+        job.starts = work.starts.data();
+        job.n_rows = static_cast<int32_t>(count);
+        job.depth = depth_;
+        job.lane_best = work.lane_best.data();
+        job.row_best = call_.i2t ? work.row_best.data() : nullptr;
+        for (int64_t text = begin; text < end; ++text) {
+            job.panels = texts.words.data() + text * room_ * depth_;
+            job.lane_scales = texts.scales.data() + text * room_;
+            job.n_lanes = texts.places[text].count();
+            const bool has_nan = kernels_.turned(job);
+            store(texts, text, image, work, has_nan,
+                  {job.lane_best, nullptr, job.row_best, nullptr});
+        }
+    }
+
+    // The maxima of one text's bags from those of the lanes.
+    void finish(const Int8Texts& texts, int64_t text, int64_t slot, int64_t image, int64_t padded,
+                Int8Workspace& work) const {
         const int64_t state = slot * bags_ * kernels_.lanes;
+        const bool has_nan = work.has_nan[slot] != 0;
         RowsJob<float> rows;
         rows.row_best = work.row_best.data() + state;
         rows.row_panel = argmax_ ? work.row_panel.data() + state : nullptr;
-        rows.n_rows = scored ? text.count() : 0;
+        rows.n_rows = padded > 0 ? texts.places[text].count() : 0;
         rows.best = work.bag_best.data();
         rows.patch = argmax_ ? work.bag_patch.data() : nullptr;
         kernels_.rows(rows, has_nan);
-        if (scored) settle(rows.best, rows.patch, text, work.image);
-        store_argmax(call_.text_argmax, i, image, text, scored ? rows.patch : nullptr);
+        store(texts, text, image, work, has_nan,
+              {rows.best, rows.patch, work.lane_best.data() + slot * padded,
+               argmax_ ? work.lane_row.data() + slot * padded : nullptr});
+    }
+
+    struct Maxima {
+        float* bag_best;
+        int32_t* bag_patch;  // null: no argmax
+        float* patch_best;   // null: not wanted
+        int32_t* patch_bag;  // null: no argmax
+    };
+
+    // Both scores of one pair.
+    void store(const Int8Texts& texts, int64_t slot, int64_t image, const Int8Workspace& work,
+               bool has_nan, const Maxima& found) const {
+        const Places& text = texts.places[slot];
+        const int64_t i = texts.first + slot;
+        const int64_t turned_i = candidates_ ? i : image, turned_j = candidates_ ? image : i;
+        const bool scored = text.count() > 0 && work.image.count() > 0;
+        if (scored) settle(found.bag_best, found.bag_patch, text, work.image);
+        store_argmax(call_.text_argmax, i, image, text, scored ? found.bag_patch : nullptr);
         if (call_.t2i)
-            *call_.t2i.at<float>(i, image) = scored ? score(rows.best, text, has_nan) : 0.0f;
-        float* best = work.lane_best.data() + slot * padded;
-        int32_t* bag = argmax_ ? work.lane_row.data() + slot * padded : nullptr;
-        if (scored) settle(best, bag, work.image, text);
-        store_argmax(call_.image_argmax, turned_i, turned_j, work.image, scored ? bag : nullptr);
+            *call_.t2i.at<float>(i, image) = scored ? score(found.bag_best, text, has_nan) : 0.0f;
+        if (!call_.i2t && !call_.image_argmax) return;
+        if (scored) settle(found.patch_best, found.patch_bag, work.image, text);
+        store_argmax(call_.image_argmax, turned_i, turned_j, work.image,
+                     scored ? found.patch_bag : nullptr);
         if (call_.i2t)
             *call_.i2t.at<float>(turned_i, turned_j) =
-                scored ? score(best, work.image, has_nan) : 0.0f;
+                scored ? score(found.patch_best, work.image, has_nan) : 0.0f;
     }
 
     // Winners as the caller counts tokens; in zero mode masked tokens of the other side compete.
@@ -301,7 +344,8 @@ class Int8Forward {
     int64_t texts_, bags_, features_, depth_;
     bool candidates_;
     int64_t images_, patches_;
-    bool argmax_;
+    bool argmax_, turned_;
+    int64_t room_;  // rows of a packed text
     std::vector<Int8Workspace> workers_;
 };
 

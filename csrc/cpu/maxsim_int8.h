@@ -40,6 +40,21 @@ struct Int8Job {
     int32_t* lane_row;         // [lanes] its bag; written; null: no argmax
 };
 
+// One text against one image, bags across the lanes; no argmax. See maxsim_int8_turned.h.
+struct Int8TurnedJob {
+    // [n_rows, up to whole tiles of max_rows, and one tile more, which is only asked for ahead]
+    const int8_t* const* rows;  // where each patch starts
+    const float* row_scales;    // [n_rows, up to whole tiles]
+    int32_t* starts;            // as many, to work in
+    int32_t n_rows;             // patches
+    const uint32_t* panels;     // [panels][depth][lanes] the text's words
+    const float* lane_scales;   // [panels * lanes]
+    int64_t depth;
+    int32_t n_lanes;   // bags
+    float* lane_best;  // [panels * lanes] maximum over patches; written
+    float* row_best;   // [n_rows, up to whole tiles] maximum over bags; written; null: not wanted
+};
+
 enum class Int8Word { pair, quad };
 
 struct Int8Kernels {
@@ -51,6 +66,8 @@ struct Int8Kernels {
     void (*rows)(const RowsJob<float>& job, bool has_nan);
     // From token rows with stride 1 along D, in whole words; null: there is none.
     PackPanel pack;
+    // Scores an image of four-byte words where it lies; null: there is none.
+    bool (*turned)(const Int8TurnedJob& job) = nullptr;
 
     int64_t features_in_word() const { return word == Int8Word::quad ? 4 : 2; }
 };

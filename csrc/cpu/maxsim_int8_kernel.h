@@ -130,5 +130,12 @@ void int8_pack(const void* features, int64_t token_stride, const int32_t* places
 
 template <class Vec>
 Int8Kernels int8_kernels_over(Int8Word word, PackPanel pack) {
-    return {2 * Vec::kWidth, Vec::kMaxRows, word, int8_panel<Vec>, reduce_rows<Vec>, pack};
+    Int8Kernels kernels;
+    kernels.lanes = 2 * Vec::kWidth;
+    kernels.max_rows = Vec::kMaxRows;
+    kernels.word = word;
+    kernels.panel = int8_panel<Vec>;
+    kernels.rows = reduce_rows<Vec>;
+    kernels.pack = pack;
+    return kernels;
 }
