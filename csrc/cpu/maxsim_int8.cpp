@@ -145,7 +145,7 @@ class Int8Forward {
         return (work.image.count() + kernels_.lanes - 1) / kernels_.lanes;
     }
 
-    // The patches that count and their scales, up to whole panels or tiles.
+    // The patches that count and their scales, up to a multiple of `step`.
     void find_patches(int64_t i, int64_t j, int64_t step, Int8Workspace& work) const {
         const View &view = call_.image, &scales = call_.image_scales;
         Places& places = work.image;
@@ -240,25 +240,20 @@ class Int8Forward {
     // Image (i, j), read where it lies.
     void score_turned(const Int8Texts& texts, int64_t begin, int64_t end, int64_t i, int64_t j,
                       int64_t image, Int8Workspace& work) const {
-        find_patches(i, j, kernels_.max_rows, work);
-        const int64_t count = work.image.count(), padded = round_up(count, kernels_.max_rows);
-        work.rows.resize(padded + kernels_.max_rows);
-        work.starts.resize(padded);
-        work.row_best.resize(padded);
+        find_patches(i, j, 1, work);
+        const int64_t count = work.image.count();
+        work.rows.resize(count + kernels_.max_rows);
+        work.starts.resize(count);
+        work.row_best.resize(count);
         work.lane_best.resize(room_);
         const int8_t* numbers = call_.image.at<const int8_t>(i, j);
         const int64_t token = call_.image.strides[call_.image.rank - 2];
-        for (int64_t k = 0; k < padded; ++k) {
-            // a tile's spare rows are the last patch again, which changes no maximum
-            const int64_t at = std::min(k, count - 1);
-            work.rows[k] = numbers + work.image.index[at] * token;
-            work.scales[k] = work.scales[at];
-        }
+        for (int64_t k = 0; k < count; ++k) work.rows[k] = numbers + work.image.index[k] * token;
         const bool last = image + 1 == images_;
         const int8_t* next =
             last ? numbers
                  : call_.image.at<const int8_t>(candidates_ ? i : i + 1, candidates_ ? j + 1 : j);
-        for (int64_t k = 0; k < kernels_.max_rows; ++k) work.rows[padded + k] = next + k * token;
+        for (int64_t k = 0; k < kernels_.max_rows; ++k) work.rows[count + k] = next + k * token;
         Int8TurnedJob job;
         job.rows = work.rows.data();
         job.row_scales = work.scales.data();

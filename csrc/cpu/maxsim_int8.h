@@ -42,17 +42,16 @@ struct Int8Job {
 
 // One text against one image, bags across the lanes; no argmax. See maxsim_int8_turned.h.
 struct Int8TurnedJob {
-    // [n_rows, up to whole tiles of max_rows, and one tile more, which is only asked for ahead]
-    const int8_t* const* rows;  // where each patch starts
-    const float* row_scales;    // [n_rows, up to whole tiles]
-    int32_t* starts;            // as many, to work in
+    const int8_t* const* rows;  // [n_rows + max_rows] where patches start; the rest are hints
+    const float* row_scales;    // [n_rows]
+    int32_t* starts;            // [n_rows] to work in
     int32_t n_rows;             // patches
     const uint32_t* panels;     // [panels][depth][lanes] the text's words
     const float* lane_scales;   // [panels * lanes]
     int64_t depth;
     int32_t n_lanes;   // bags
     float* lane_best;  // [panels * lanes] maximum over patches; written
-    float* row_best;   // [n_rows, up to whole tiles] maximum over bags; written; null: not wanted
+    float* row_best;   // [n_rows] maximum over bags; written; null: not wanted
 };
 
 enum class Int8Word { pair, quad };

@@ -42,13 +42,13 @@ template <class Vec, int HEIGHT, int COLUMNS>
     }
 }
 
-// One tile with panel `index` of the text, folded into both maxima.
-template <class Vec, int COLUMNS, bool ROWS>
+// HEIGHT patches with panel `index` of the text, folded into both maxima.
+template <class Vec, int HEIGHT, int COLUMNS, bool ROWS>
 bool int8_turned_tile(const Int8TurnedJob& job, int index, int first_row) {
-    constexpr int kLanes = 2 * Vec::kWidth, kHeight = Vec::kMaxRows;
-    typename Vec::I sum[kHeight][COLUMNS];
-    int8_turned_sums<Vec, kHeight, COLUMNS>(job, first_row, job.panels + kLanes * job.depth * index,
-                                            sum);
+    constexpr int kLanes = 2 * Vec::kWidth;
+    typename Vec::I sum[HEIGHT][COLUMNS];
+    int8_turned_sums<Vec, HEIGHT, COLUMNS>(job, first_row, job.panels + kLanes * job.depth * index,
+                                           sum);
     const typename Vec::V lowest = Vec::set1(-std::numeric_limits<float>::infinity());
     typename Vec::M counts[COLUMNS], nan = Vec::none();
     typename Vec::V best[COLUMNS], lane_scale[COLUMNS];
@@ -60,7 +60,7 @@ bool int8_turned_tile(const Int8TurnedJob& job, int index, int first_row) {
         lane_scale[c] = Vec::load(job.lane_scales + lane);
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < kHeight; ++r) {
+    for (int r = 0; r < HEIGHT; ++r) {
         typename Vec::V across = lowest;
         const typename Vec::V row_scale = Vec::set1(job.row_scales[first_row + r]);
 #pragma GCC unroll 2
@@ -84,17 +84,28 @@ bool int8_turned_tile(const Int8TurnedJob& job, int index, int first_row) {
     return Vec::any(nan);
 }
 
+template <class Vec, int COLUMNS, bool ROWS, int HEIGHT = Vec::kMaxRows>
+bool int8_turned_height(const Int8TurnedJob& job, int index, int first_row, int height) {
+    if (height == HEIGHT)
+        return int8_turned_tile<Vec, HEIGHT, COLUMNS, ROWS>(job, index, first_row);
+    if constexpr (HEIGHT > 1)
+        return int8_turned_height<Vec, COLUMNS, ROWS, HEIGHT - 1>(job, index, first_row, height);
+    return false;
+}
+
 template <class Vec, bool ROWS>
 bool int8_turned_rows(const Int8TurnedJob& job) {
-    constexpr int kLanes = 2 * Vec::kWidth, kHeight = Vec::kMaxRows;
+    constexpr int kLanes = 2 * Vec::kWidth;
     bool nan = false;
-    for (int row = 0; row < job.n_rows; row += kHeight) {
-        for (int r = row; r < row + kHeight; ++r)
+    for (int row = 0, tile = 0; row < job.n_rows; ++tile) {
+        const int height = tile_height(job.n_rows, tile, Vec::kMaxRows);
+        for (int r = row; r < row + height; ++r)
             job.starts[r] = -128 * Vec::total(job.rows[r], 4 * job.depth);
         for (int index = 0; index * kLanes < job.n_lanes; ++index)
             nan |= job.n_lanes - index * kLanes > Vec::kWidth
-                       ? int8_turned_tile<Vec, 2, ROWS>(job, index, row)
-                       : int8_turned_tile<Vec, 1, ROWS>(job, index, row);
+                       ? int8_turned_height<Vec, 2, ROWS>(job, index, row, height)
+                       : int8_turned_height<Vec, 1, ROWS>(job, index, row, height);
+        row += height;
     }
     return nan;
 }
