@@ -1,4 +1,4 @@
-"""Write the figures of the README and docs/maxsim.md from the JSON files that hold them.
+"""Write the figures of the README and of two pages from the JSON files that hold them.
 
 python benchmarks/render_readme.py [--check]
 
@@ -16,7 +16,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "README.md", ROOT / "docs" / "maxsim.md")
+PAGES = tuple(ROOT / page for page in ("README.md", "docs/maxsim.md", "docs/benchmarks.md"))
+
+
+DTYPES = ("float32", "bfloat16")
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -199,12 +202,33 @@ def quantized() -> str:
     return f"{_table(head, rows)}\n\n{caption}."
 
 
+def screen() -> str:
+    """What an int8 screen skips and takes, in docs/benchmarks.md."""
+    file = "screen.json"
+    result, rows = _load(RESULTS / file), []
+    for name, found in result["sets"].items():
+        count, patches, width = found["shape"]["pictures"]
+        label = f"{name}: {count:,} x {patches} x {width}, {found['shape']['bags']:g} bags"
+        shares, times = found["shares"], found["times"]
+        for k in (1, 10, 100):
+            rows.append(
+                [f"{label}, k={k}", f"{100 * shares[f'images skipped, cheap, k={k}']:.1f} %"]
+                + [f"{100 * shares['tiles skipped, rows alone']:.1f} %"]
+                + [f"{times['ms'][f'{way}, k={k}']:.2f} ms" for way in ("float32", "screened")]
+                + [f"{times[f'screened over {dtype}, k={k}']:.2f} x" for dtype in DTYPES]
+            )
+    head = ["", "skipped", "tiles", "`maxsim_topk`", "screened", "faster", "than bfloat16"]
+    caption = _caption(result, file).replace("(benchmarks/", "(../benchmarks/")
+    return f"{_table(head, rows)}\n\n{caption}."
+
+
 def render(text: str) -> str:
     """``text`` with every marked part written anew. Raises KeyError for an unknown name."""
     parts = {
         "tiny": tiny,
         "cpu": cpu,
         "quantized": quantized,
+        "screen": screen,
         "segmentation": segmentation,
         "learning": learning,
         "loss": loss,
