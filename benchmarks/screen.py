@@ -153,29 +153,34 @@ def study(texts: list[Tensor], images: Tensor, rounds: int) -> dict[str, Any]:
     }
 
 
-def encoded(pictures: Path, queries: Path) -> tuple[list[Tensor], Tensor]:
+def encoded(queries: Path, *pictures: Path) -> tuple[list[Tensor], Tensor]:
     model = BagFormerForRetrieval.from_pretrained(tiny_model_path()).eval()
     processor = BagFormerProcessor.from_pretrained(tiny_model_path())
-    listed, asked = MugeImages(pictures), list(read_queries(queries))
+    asked, files = list(read_queries(queries)), [MugeImages(path) for path in pictures]
     step = max(1, len(asked) // TEXTS)
     texts = encode_texts(model, processor, [query.text for query in asked[::step][:TEXTS]])
-    images = encode_images(model, processor, (listed[key] for key in listed)).features
+    listed = (file[key] for file in files for key in file)
+    images = encode_images(model, processor, listed).features
     return [row[keep][None] for row, keep in zip(texts.features, texts.mask, strict=True)], images
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="An int8 screen before exact scores")
-    parser.add_argument("--icons", type=Path, help="the whole IconPark set, 2,000 pictures")
+    parser.add_argument(
+        "--icons", type=Path, help="the whole IconPark set, 2,000 and 7,974 pictures"
+    )
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--out", type=Path, help="also write the JSON here")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
     sample = sample_path()
-    sets = {"sample": encoded(sample / "imgs.tsv", sample / "queries.jsonl")}
+    sets = {"sample": encoded(sample / "queries.jsonl", sample / "imgs.tsv")}
     if args.icons:
-        files = args.icons / "MR_valid_imgs.tsv", args.icons / "MR_valid_queries.jsonl"
-        sets["IconPark"] = encoded(*files)
+        valid, train = (args.icons / f"MR_{split}_imgs.tsv" for split in ("valid", "train"))
+        queries = args.icons / "MR_valid_queries.jsonl"
+        sets["IconPark"] = encoded(queries, valid)
+        sets["IconPark, train too"] = encoded(queries, valid, train)
     random = normalize(torch.randn(TEXTS // 4, 25, 256), dim=-1)
     sets["random"] = list(random[:, None]), normalize(torch.randn(500, 257, 256), dim=-1)
     report = {
