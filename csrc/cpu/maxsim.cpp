@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "cpu/maxsim_int8.h"
 #include "cpu/maxsim_outcome.h"
 #include "cpu/maxsim_pack.h"
 #include "cpu/maxsim_texts.h"
@@ -348,6 +349,7 @@ void forward_quantized(const MaxSimForward& call, const CpuKernels& kernels,
 }  // namespace
 
 void maxsim_forward(const MaxSimForward& call) {
+    if (call.text.dtype == DType::i8) return maxsim_int8_forward(call);
     using Singles = MaxSimKernels<float>;
     using Pairs = MaxSimKernels<float, BFloat16Pair>;
     const CpuKernels& kernels = kernels_of(active_isa());

@@ -119,8 +119,9 @@ inline int tile_height(int n_rows, int tile, int max_rows) {
 }
 
 struct MaxSimForward {
-    View text, image;            // [Nt, N, D], [Ni, P, D] or [Nt, K, P, D]
-    View image_scales;           // float32, as `image` without D; given where it holds i8 or f8
+    View text, image;   // [Nt, N, D], [Ni, P, D] or [Nt, K, P, D]
+    View image_scales;  // float32, as `image` without D; given where it holds i8 or f8
+    View text_scales;   // float32 [Nt, N], given where `text` holds i8, as `image` then does
     View text_mask, image_mask;  // may be absent
     View t2i, i2t;               // outputs may be absent; contiguous
     View text_argmax, image_argmax;
