@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from support.loss_worlds import Case, batches, in_processes, model_step, step, together
@@ -107,6 +109,21 @@ def test_bad_arguments_of_one_process_stop_all(worlds, gather):
     assert "every process must bring the same feature size, got [4, 3]" in first[2]
     assert first[3] == second[3]
     assert "no True in row 3 (number 1 of process 1)" in first[3]
+
+
+def test_processes_that_disagree_are_all_told(worlds):
+    first, second = (found["disagreements"] for found in worlds[:2])
+    assert first == second
+    wanted = [
+        r"same kind of labels, got \['text_ids', 'image_ids'\]",
+        r"same gather, got \['local', 'ring'\]",
+        r"same directions, got \['both', 'text_to_image'\]",
+        r"same objective, got \['softmax', 'sigmoid'\]",
+        r"same gradient of the text, got \['wanted', 'not wanted'\]",
+        r"same gradient of the temperature, got \['not wanted', 'wanted'\]",
+    ]
+    for said, message in zip(first, wanted, strict=True):
+        assert re.search(f"^ValueError: every process must bring the {message}$", said), said
 
 
 @pytest.mark.parametrize("gather", ["local", "ring"])

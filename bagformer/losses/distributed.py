@@ -26,10 +26,10 @@ from bagformer.losses.collectives import (
     pad_to,
     sum_over,
 )
-from bagformer.losses.layout import Layout, Sides, Targets, exchange
-from bagformer.losses.objectives import logistic_sum
+from bagformer.losses.layout import Choice, Layout, Sides, Targets, exchange
+from bagformer.losses.objectives import OBJECTIVES, logistic_sum
 from bagformer.ops.maxsim import maxsim
-from bagformer.reference import accumulation_dtype
+from bagformer.reference import DIRECTIONS, MASK_MODES, REDUCTIONS, accumulation_dtype
 
 GATHERS = ("none", "local", "ring")
 
@@ -259,6 +259,24 @@ def _local(sides: Sides, temperature: Any, bias: Any, totals: Totals) -> Tensor:
     )
 
 
+def _options(
+    sides: Sides, rule: Rule, gather: str, temperature: Any, bias: Tensor | None
+) -> list[Choice]:
+    """What decides which collectives run, in the forward and in the backward."""
+    found = [
+        Choice("gather", gather, GATHERS),
+        Choice("directions", rule.directions, DIRECTIONS),
+        Choice("mask_mode", rule.mask_mode, MASK_MODES),
+        Choice("reduction", rule.reduction, REDUCTIONS),
+        Choice("objective", rule.objective, OBJECTIVES),
+    ]
+    for name, value in (("text", sides.text), ("temperature", temperature), ("bias", bias)):
+        wanted = torch.is_grad_enabled() and getattr(value, "requires_grad", False)
+        choices = "not wanted", "wanted"
+        found.append(Choice(f"gradient of the {name}", choices[bool(wanted)], choices))
+    return found
+
+
 def gathered_loss(
     sides: Sides,
     rule: Rule,
@@ -283,7 +301,7 @@ def gathered_loss(
             "torch.distributed.init_process_group first, or use gather='none'"
         )
     group = dist.group.WORLD if process_group is None else process_group
-    sides, layout = exchange(sides, group)
+    sides, layout = exchange(sides, group, _options(sides, rule, gather, temperature, bias))
     if layout.masked and sides.text_mask is None:
         every = torch.ones(sides.text.shape[:2], dtype=torch.bool, device=sides.text.device)
         sides = sides._replace(text_mask=every)

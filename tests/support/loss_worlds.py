@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -166,14 +167,35 @@ def refusal(rank: int, gather: str, group: Any) -> str:
     hidden = positives.clone()
     hidden[rank, :] = rank == 0
     tried.append((text, image, None, None, hidden))
-    said = []
-    for arguments in tried:
-        try:
-            BagwiseContrastiveLoss(gather=gather, process_group=group)(*arguments)
-            said.append("nothing")
-        except (RuntimeError, TypeError, ValueError) as error:
-            said.append(f"{type(error).__name__}: {error}")
+    loss = BagwiseContrastiveLoss(gather=gather, process_group=group)
+    said = [_says(lambda arguments=arguments: loss(*arguments)) for arguments in tried]
     return "\n".join(said)
+
+
+def _says(call: Any) -> str:
+    try:
+        call()
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def disagreements(rank: int, group: Any) -> list[str]:
+    """What the loss says where each process's arguments are good, but not those of the others."""
+    text, image, ids = torch.ones(2, 3, 4), torch.ones(2, 5, 4), torch.arange(2)
+    made = partial(BagwiseContrastiveLoss, process_group=group)
+    first = rank == 0
+    labels = {"text_ids" if first else "image_ids": ids}
+    wanting = text.clone().requires_grad_(first), image.clone().requires_grad_()
+    tried = [
+        partial(made(gather="ring"), text, image, **labels),
+        partial(made(gather="local" if first else "ring"), text, image),
+        partial(made("both" if first else "text_to_image", gather="local"), text, image),
+        partial(made(gather="ring", objective="softmax" if first else "sigmoid"), text, image),
+        partial(made(gather="ring"), *wanting),
+        partial(made(gather="local", temperature=None if first else "learn"), text, image),
+    ]
+    return [_says(call) for call in tried]
 
 
 def _cases(rank: int, group: Any, cases: list[Case], gathers: tuple[str, ...]) -> dict[str, Any]:
@@ -206,6 +228,7 @@ def _work(rank: int, folder: str, two: list[Case], three: list[Case]) -> None:
             gather: cached_step_of_model(two[0], batches(two[0])[rank], gather, pair)
             for gather in ("local", "ring")
         }
+        found["disagreements"] = disagreements(rank, pair)
         found["refusals"] = {gather: refusal(rank, gather, pair) for gather in ("local", "ring")}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
