@@ -6,7 +6,16 @@ import re
 
 import pytest
 import torch
-from support.loss_worlds import Case, batches, in_processes, model_step, step, together
+from support.loss_worlds import (
+    Case,
+    batches,
+    in_processes,
+    model_batch,
+    model_losses,
+    model_step,
+    step,
+    together,
+)
 
 from bagformer import BagwiseContrastiveLoss
 
@@ -109,6 +118,23 @@ def test_bad_arguments_of_one_process_stop_all(worlds, gather):
     assert "every process must bring the same feature size, got [4, 3]" in first[2]
     assert first[3] == second[3]
     assert "no True in row 3 (number 1 of process 1)" in first[3]
+
+
+def test_a_model_takes_its_negatives_from_all_processes(worlds):
+    truth = model_losses(*model_batch(), "none", None)
+    for found in worlds[:2]:
+        for gather in ("local", "ring"):
+            for value, wanted in zip(found["model"][gather], truth, strict=True):
+                close(value, wanted)
+
+
+def test_wrong_labels_of_a_model_in_one_process_stop_all(worlds):
+    first, second = (found["model"]["refusals"] for found in worlds[:2])
+    assert first == ["RuntimeError: process 1 refused its arguments to the loss"] * 2
+    assert second == [
+        "ValueError: positives must be [2, 4], got [2, 3]",
+        "TypeError: positives must be a torch.Tensor, got list",
+    ]
 
 
 def test_processes_that_disagree_are_all_told(worlds):

@@ -26,7 +26,7 @@ from bagformer.losses.collectives import (
     pad_to,
     sum_over,
 )
-from bagformer.losses.layout import Choice, Layout, Sides, Targets, exchange
+from bagformer.losses.layout import Choice, Layout, Sides, Targets, exchange, need_processes
 from bagformer.losses.objectives import OBJECTIVES, logistic_sum
 from bagformer.ops.maxsim import maxsim
 from bagformer.reference import DIRECTIONS, MASK_MODES, REDUCTIONS, accumulation_dtype
@@ -295,11 +295,7 @@ def gathered_loss(
         RuntimeError: torch.distributed is not initialised; another process refused its arguments.
         TypeError, ValueError: this process's arguments.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            f"gather={gather!r} needs torch.distributed: start with torchrun and call "
-            "torch.distributed.init_process_group first, or use gather='none'"
-        )
+    need_processes(gather)
     group = dist.group.WORLD if process_group is None else process_group
     sides, layout = exchange(sides, group, _options(sides, rule, gather, temperature, bias))
     if layout.masked and sides.text_mask is None:

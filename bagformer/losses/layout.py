@@ -170,13 +170,21 @@ def _check_width(sides: Sides, layout: Layout) -> None:
     refuse_together(refusal, layout.group)
 
 
-def own_columns(positives: Tensor, images: int, group: Any) -> Tensor:
-    """The columns of this process's ``images`` in ``positives [Nt, images of all processes]``."""
+def need_processes(gather: str) -> None:
+    """Raise RuntimeError unless torch.distributed is initialised."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"gather={gather!r} needs torch.distributed: start with torchrun and call "
+            "torch.distributed.init_process_group first, or use gather='none'"
+        )
+
+
+def own_columns(images: int, group: Any) -> tuple[int, slice]:
+    """The number of images of all processes, and where this process's ``images`` lie in it."""
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
     wire = torch.tensor([images], device=_wire(group))
-    counts = gather_equal(wire, dist.get_world_size(group), group).flatten().tolist()
-    check_positives_shape(positives, (len(positives), sum(counts)))
-    start = sum(counts[: dist.get_rank(group)])
-    return positives[:, start : start + images]
+    counts = gather_equal(wire, world, group).flatten().tolist()
+    return sum(counts), slice(sum(counts[:rank]), sum(counts[: rank + 1]))
 
 
 class Targets:

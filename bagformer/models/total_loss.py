@@ -16,7 +16,8 @@ from bagformer.losses import (
     positives_from_ids,
 )
 from bagformer.losses.distributed import Rule
-from bagformer.losses.layout import Sides, own_columns
+from bagformer.losses.layout import Sides, need_processes, own_columns, refuse_together
+from bagformer.losses.objectives import check_ids, check_positives_shape
 from bagformer.models.fusion import draw_negatives, given_negatives, match
 from bagformer.reference import accumulation_dtype
 
@@ -58,8 +59,6 @@ def add_losses(
     A loss of weight 0, or one that the model has no part for, stays None.
     """
     batch, images = output.text_to_image.shape
-    if batch != images:
-        raise ValueError(f"the losses need as many texts as images, got {batch} and {images}")
     wanted = check_weights(weights)
     if model.twc_loss is None:
         wanted.pop("twc", None)
@@ -67,7 +66,7 @@ def add_losses(
         wanted.pop("itm", None)
     if not wanted:
         raise ValueError(f"loss_weights leave nothing that this model computes, got {weights}")
-    positives = _positives_here(model, labels, batch)
+    positives = _positives_here(model, labels, batch, images)
     if "twc" in wanted:
         output.loss_twc = _late_interaction(model, output, labels, positives)
     elif positives is not None and model.loss_gather == "none" and not _compiling():
@@ -92,16 +91,37 @@ def _compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
-def _positives_here(model: Any, labels: Labels, batch: int) -> Tensor | None:
+def _positives_here(model: Any, labels: Labels, batch: int, images: int) -> Tensor | None:
     """``[B, B]`` of this process's own pairs, or None for the diagonal."""
+    if model.loss_gather == "none":
+        return _checked(labels, batch, images, images)
+    need_processes(model.loss_gather)
+    refusal: Exception | None = None
+    found: Tensor | None = None
+    width, own = own_columns(images, model.loss_group)
+    try:
+        found = _checked(labels, batch, images, width)
+    except (TypeError, ValueError) as error:
+        refusal = error
+    # or the others would wait in the losses for the one that gave up here
+    refuse_together(refusal, model.loss_group)
+    return found if found is None or labels.positives is None else found[:, own]
+
+
+def _checked(labels: Labels, batch: int, images: int, width: int) -> Tensor | None:
+    """``positives [B, width]`` of the labels, or None where there are none."""
+    if batch != images:
+        raise ValueError(f"the losses need as many texts as images, got {batch} and {images}")
     positives, *ids = labels
     if any(one is not None for one in ids):
         if positives is not None:
             raise ValueError("give positives or text_ids and image_ids, not both")
+        for name, one in zip(("text_ids", "image_ids"), ids, strict=True):
+            check_ids(name, one, batch, images)
         return positives_from_ids(*ids)
-    if positives is None or model.loss_gather == "none":
-        return positives
-    return own_columns(positives, batch, model.loss_group)
+    if positives is not None:
+        check_positives_shape(positives, (batch, width))
+    return positives
 
 
 def _late_interaction(model: Any, output: Any, labels: Labels, positives: Tensor | None) -> Tensor:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from support.models import make_inputs, tiny_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -198,6 +199,38 @@ def disagreements(rank: int, group: Any) -> list[str]:
     return [_says(call) for call in tried]
 
 
+def model_losses(inputs: dict[str, Any], positives: Tensor, gather: str, group: Any) -> Any:
+    """``loss_twc`` and ``loss_ita`` of a small model, the same in every process."""
+    model = tiny_model(use_itm_head=False).double()
+    model.gather_losses(gather, group)
+    output = model(**inputs, positives=positives, return_loss=True)
+    return output.loss_twc.detach(), output.loss_ita.detach()
+
+
+def model_batch() -> tuple[dict[str, Any], Tensor]:
+    """Four pairs, of which the first text suits two pictures, one of the other process."""
+    inputs, positives = make_inputs(4), torch.eye(4, dtype=torch.bool)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    positives[0, 2] = True
+    return inputs, positives
+
+
+def in_a_model(rank: int, group: Any) -> dict[str, Any]:
+    """The losses of half a batch, and what is said where process 1 labels it wrongly."""
+    inputs, positives = model_batch()
+    mine = slice(2 * rank, 2 * rank + 2)
+    half = {name: value[mine] for name, value in inputs.items()}
+    found: dict[str, Any] = {
+        gather: model_losses(half, positives[mine], gather, group) for gather in ("local", "ring")
+    }
+    narrow = positives[mine, : 4 - rank]
+    found["refusals"] = [
+        _says(partial(model_losses, half, narrow, "local", group)),
+        _says(partial(model_losses, half, [[True]] if rank else positives[mine], "ring", group)),
+    ]
+    return found
+
+
 def _cases(rank: int, group: Any, cases: list[Case], gathers: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for gather in gathers:
@@ -217,7 +250,7 @@ def _work(rank: int, folder: str, two: list[Case], three: list[Case]) -> None:
         init_method=f"file://{folder}/meet",
         rank=rank,
         world_size=3,
-        timeout=datetime.timedelta(seconds=240),
+        timeout=datetime.timedelta(seconds=60),
     )
     pair = dist.new_group([0, 1])
     found = {"three": _cases(rank, dist.group.WORLD, three, ("ring",))}
@@ -228,6 +261,7 @@ def _work(rank: int, folder: str, two: list[Case], three: list[Case]) -> None:
             gather: cached_step_of_model(two[0], batches(two[0])[rank], gather, pair)
             for gather in ("local", "ring")
         }
+        found["model"] = in_a_model(rank, pair)
         found["disagreements"] = disagreements(rank, pair)
         found["refusals"] = {gather: refusal(rank, gather, pair) for gather in ("local", "ring")}
     torch.save(found, f"{folder}/{rank}.pt")
