@@ -118,6 +118,16 @@ def test_nan_and_unequal_sides_of_one_process(alone, gather):
     assert torch.isnan(BagwiseContrastiveLoss(gather=gather)(text, bad))
 
 
+@pytest.mark.parametrize("gather", ["none", "local", "ring"])
+def test_a_second_derivative_is_refused(alone, gather):
+    text, image, *_ = features()
+    weight = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    value = BagwiseContrastiveLoss(gather=gather)(text, image) * weight
+    (first,) = torch.autograd.grad(value, text, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable"):
+        first.pow(2).sum().backward()
+
+
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
 def test_compiles_without_a_graph_break(objective):
     text, image, text_mask, _ = features(dtype=torch.float32)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bagformer.losses.collectives import (
     GatherRows,
@@ -175,6 +176,7 @@ class _Ring(torch.autograd.Function):
         return totals.value()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         text, image, temperature, bias = ctx.saved_tensors
         masks, totals = ctx.plan
