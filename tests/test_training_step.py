@@ -79,18 +79,30 @@ def test_pieces_refuse_the_matching_loss():
         cached_losses(step, make_inputs(2), (torch.eye(2).bool(), None), 1, 1.0)
 
 
-def test_parameters_that_no_loss_reaches_are_frozen():
+@pytest.mark.parametrize(
+    "options,changes",
+    [
+        (LossConfig(ita=0, itm=0), {}),
+        (LossConfig(ita=0, twc=0), {}),
+        (LossConfig(ita=0, twc=0), {"hard_negatives": True}),
+        (LossConfig(itm=0), {"fusion": "early"}),
+        (LossConfig(ita=0), {"interaction": "tokenwise", "hard_negatives": True}),
+        (LossConfig(itm=0), {"interaction": "cls_token"}),
+    ],
+)
+def test_parameters_that_no_loss_reaches_are_frozen(options, changes):
     """What is left gets a gradient, all of it but the padding's own row."""
-    model = tiny_model()
-    options = LossConfig(ita=0, itm=0)
+    model = tiny_model(temperature="learn", **changes)
     freeze_unreached(model, active_losses(model, options))
     step = TrainStep(model, options)
     step(make_inputs(4), torch.eye(4).bool())["loss"].backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
-    assert not model.temp.requires_grad and not model.itm_head.weight.requires_grad
+
+
+def test_a_model_without_a_loss_is_refused():
     with pytest.raises(ConfigError, match="every loss"):
-        active_losses(model, LossConfig(twc=0, ita=0, itm=0))
+        active_losses(tiny_model(), LossConfig(twc=0, ita=0, itm=0))
 
 
 def test_which_parameters_decay():
