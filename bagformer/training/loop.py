@@ -70,7 +70,8 @@ class Trainer:
         begun: dict[str, Any] = (
             {} if last is None else {"model": str(last), "processor": ProcessorConfig()}
         )
-        self.model, self.processor = build(replace(config, **begun))
+        with self.checkpoints.reading(last):
+            self.model, self.processor = build(replace(config, **begun))
         self._open_data(validate, progress)
         self._prepare_model()
         self.meter = log.Meter()
@@ -82,7 +83,7 @@ class Trainer:
         self._write_heads(progress)
 
     def _last(self, resume: bool) -> Path | None:
-        last = self.checkpoints.path(LAST)
+        last = self.checkpoints.newest()
         if last is not None and not resume:
             raise ConfigError(
                 f"output: {self.output} already holds a run; go on with it (--resume) or name "
@@ -134,13 +135,14 @@ class Trainer:
         return self.model if self.ema is None else self.ema.module
 
     def _resume(self, last: Path) -> None:
-        snapshot = read_snapshot(last)
+        with self.checkpoints.reading(last):
+            snapshot = read_snapshot(last)
         self._check_same(snapshot.run, last)
-        weights = load_file(last / MODEL)
-        self.averaged.load_state_dict(weights)
-        if snapshot.learning is not None:
-            self.model.load_state_dict(snapshot.learning)
-        self.optimizer.load_state_dict(snapshot.optimizer)
+        with self.checkpoints.reading(last):
+            self.averaged.load_state_dict(load_file(last / MODEL))
+            if snapshot.learning is not None:
+                self.model.load_state_dict(snapshot.learning)
+            self.optimizer.load_state_dict(snapshot.optimizer)
         self.step, self.best = snapshot.step, snapshot.run["best"]
         self.meter.load(snapshot.run["meter"])
         self.batches.start = self.step

@@ -124,12 +124,13 @@ class MugeRun:
     def resume(self) -> int:
         """Go on from ``last``; gives the epoch that comes next. Raises CheckpointError,
         FileNotFoundError."""
-        folder = self.checkpoints.path(LAST)
+        folder = self.checkpoints.newest()
         if folder is None:
             raise FileNotFoundError(f"--resume: {self.output} has no checkpoint to go on from")
-        snapshot = read_snapshot(folder)
-        self.model.load_state_dict(load_file(folder / MODEL))
-        self.optimizer.load_state_dict(snapshot.optimizer)
+        with self.checkpoints.reading(folder):
+            snapshot = read_snapshot(folder)
+            self.model.load_state_dict(load_file(folder / MODEL))
+            self.optimizer.load_state_dict(snapshot.optimizer)
         if self.slow is not None:
             if snapshot.learning is None:
                 raise ValueError(f"{folder}: {LEARNING} is missing, the run cannot go on")
