@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from support import training, world
 
 from bagformer.training.checkpoint import CheckpointError, Checkpoints, Snapshot
+from bagformer.training.loop import NonFiniteError
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +65,57 @@ def test_a_folder_that_no_link_names_is_not_taken_for_this_runs(place, tmp_path)
     saved = load_file(tmp_path / "run" / "last" / "model.safetensors")
     for name, tensor in other.model.state_dict().items():
         assert torch.equal(saved[name], tensor), name
+
+
+def spoil(trainer, at, value):
+    """Let the update after ``at`` others leave a weight that is not finite."""
+    step = trainer.optimizer.step
+
+    def spoiled(*arguments):
+        step(*arguments)
+        if trainer.step == at:
+            with torch.no_grad():
+                trainer.model.vision_proj.bias[0] = value
+
+    trainer.optimizer.step = spoiled
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"checkpoint": {"every": 4, "keep": 1}, "valid": {"every": 100}},
+        {"checkpoint": {"every": 4, "keep": 1}, "valid": {"every": 8}, "ema": 0.5},
+    ],
+)
+def test_weights_that_an_update_broke_are_not_saved(place, tmp_path, changes):
+    trainer = training.make_trainer(training.tiny_tree(place, tmp_path / "run", **changes))
+    spoil(trainer, 7, float("inf"))
+    with pytest.raises(NonFiniteError, match=r"step 8: .*vision_proj\.bias.*ids of the batch: \d"):
+        trainer.run()
+    assert json.loads((tmp_path / "run" / "last" / "state.json").read_text())["step"] == 4
+    record = json.loads((tmp_path / "run" / "nonfinite-step-8.json").read_text())
+    assert len(record["query_and_item_ids"]) == 6
+    tree = training.tiny_tree(place, tmp_path / "run", **changes)
+    assert training.make_trainer(tree, resume=True).run()["step"] == 30
+
+
+def test_a_signal_saves_no_broken_weights(place, tmp_path):
+    ask = lambda step, _: os.kill(os.getpid(), signal.SIGTERM) if step == 6 else None  # noqa: E731
+    tree = training.tiny_tree(place, tmp_path / "run")
+    trainer = training.make_trainer(tree, on_update=ask)
+    spoil(trainer, 5, float("nan"))
+    with pytest.raises(NonFiniteError, match=r"step 6: .*The last checkpoint is .*step-00000004"):
+        trainer.run()
+
+
+def test_hard_negatives_of_a_model_that_broke(tmp_path_factory, tmp_path):
+    """They are drawn by scores, and no draw by NaN must hide what happened."""
+    place = world.make_place(tmp_path_factory.mktemp("hard"))
+    world.make_model(place.model, hard_negatives=True)
+    trainer = training.make_trainer(training.tiny_tree(place, tmp_path / "run"))
+    spoil(trainer, 5, float("nan"))
+    with pytest.raises(NonFiniteError, match=r"step 7: .*loss is nan"):
+        trainer.run()
 
 
 def test_best_is_linked_before_last(tmp_path, monkeypatch):

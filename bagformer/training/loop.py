@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -23,7 +22,6 @@ from bagformer.training import data, log, seeds
 from bagformer.training.build import build
 from bagformer.training.cached import cached_losses, check_cachable
 from bagformer.training.checkpoint import (
-    LAST,
     MODEL,
     Checkpoints,
     Snapshot,
@@ -33,17 +31,13 @@ from bagformer.training.checkpoint import (
 from bagformer.training.config import FREE, ConfigError, ProcessorConfig, TrainConfig
 from bagformer.training.config_file import dump, to_dict
 from bagformer.training.distributed import Place, finish, gather_numbers, start
+from bagformer.training.finite import FiniteWatch, NonFiniteError
 from bagformer.training.gradient_cache import average_gradients
 from bagformer.training.optim import Schedule, freeze, make_optimizer, train_mode
 from bagformer.training.step import TrainStep, active_losses, freeze_unreached
 from bagformer.training.validate import Validate, make_validate, metric_of
 
 CONFIG = "config.yaml"
-_SHOWN_IDS = 6
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or a gradient became NaN or infinite; nothing of that update was kept."""
 
 
 class Trainer:
@@ -75,6 +69,8 @@ class Trainer:
         self._open_data(validate, progress)
         self._prepare_model()
         self.meter = log.Meter()
+        place = self.place
+        self.watch = FiniteWatch(self.output, self.checkpoints, place.rank, place.world)
         self.step = 0
         self.best: dict[str, Any] = {"value": None, "step": None}
         self._stop = False
@@ -207,6 +203,7 @@ class Trainer:
             while self.step < self.total and not self._stop:
                 self._update(iterator)
             if self._stop:
+                self.watch.weights(self.step, self.model)
                 self._save(best=False)
         finally:
             if before is not None:
@@ -245,7 +242,7 @@ class Trainer:
         learning = [p for p in self.model.parameters() if p.grad is not None]
         limit = math.inf if config.clip is None else config.clip
         norm = float(nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]))
-        self._check_finite(batches, norm)
+        self.watch.gradient(self.step + 1, batches, norm)
         if norm > limit:
             nn.utils.clip_grads_with_norm_(learning, limit, torch.tensor(norm))
         self.optimizer.step()
@@ -292,26 +289,6 @@ class Trainer:
         own = wide[:, first : first + size].contiguous().to(place.device)
         return own, wide.to(place.device) if gathered else None
 
-    def _check_finite(self, batches: list[Any], norm: float) -> None:
-        bad = [(found, ids) for found, ids in batches if not math.isfinite(found["loss"])]
-        if not bad and math.isfinite(norm):
-            return
-        wrong = {"grad_norm": norm, **{k: v for f, _ in bad for k, v in f.items()}}
-        named = ", ".join(f"{k} is {v}" for k, v in wrong.items() if not math.isfinite(v))
-        ids = [list(pair) for _, own in (bad or batches) for pair in own]
-        rank = f"-process-{self.place.rank}" if self.place.world > 1 else ""
-        path = self.output / f"nonfinite-step-{self.step + 1}{rank}.json"
-        record = {"step": self.step + 1, "what": named, "query_and_item_ids": ids}
-        path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
-        last = self.checkpoints.path(LAST)
-        shown = ", ".join(f"{query}/{item}" for query, item in ids[:_SHOWN_IDS])
-        raise NonFiniteError(
-            f"step {self.step + 1}: {named}; query/picture ids of the batch: {shown}"
-            f"{' ...' if len(ids) > _SHOWN_IDS else ''} (all in {path}). "
-            f"The last checkpoint is {last or 'none yet'}. Try a lower optim.lr, a longer "
-            "schedule.warmup, or clip"
-        )
-
     def _due(self, every: int | None) -> bool:
         return self.step % (every or self.per_epoch) == 0 or self.step == self.total
 
@@ -328,9 +305,13 @@ class Trainer:
             self.log.write("train", self.step, row)
             self.meter.reset()
         improved = False
-        if self.validate is not None and self._due(config.valid.every):
+        validate = self.validate is not None and self._due(config.valid.every)
+        save = self._due(config.checkpoint.every)
+        if validate or save:
+            self.watch.weights(self.step, self.model)
+        if validate:
             improved = self._validate()
-        if improved or self._due(config.checkpoint.every):
+        if improved or save:
             self._save(best=improved)
         if self.on_update is not None:
             self.on_update(self.step, values)

@@ -39,7 +39,7 @@ from bagformer.training.checkpoint import (
 )
 from bagformer.training.config import AugmentConfig, RandAugmentConfig, TrainConfig
 from bagformer.training.data import Batches, Relations, TrainPairs, make_loader, make_transform
-from bagformer.training.loop import NonFiniteError
+from bagformer.training.finite import NonFiniteError
 from bagformer.training.original import (
     Slow,
     alpha_at,
