@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from support import training, world
 
 from bagformer.training.checkpoint import CheckpointError, Checkpoints, Snapshot
+from bagformer.training.config import ConfigError
 from bagformer.training.loop import NonFiniteError
 
 
@@ -26,6 +27,43 @@ def ended(place, tmp_path):
     tree = training.tiny_tree(place, tmp_path / "run", steps=8)
     training.make_trainer(tree).run()
     return tree, tmp_path / "run"
+
+
+def test_other_data_of_the_same_size_are_no_resumption(ended, place, tmp_path):
+    tree, _ = ended
+    changed = place.queries.read_text(encoding="utf-8").replace("红色", "黄色", 1)
+    other = tmp_path / "other.jsonl"
+    other.write_text(changed, encoding="utf-8")
+    files = {"queries": str(other), "images": str(place.images)}
+    data = {**tree["data"], "train": files}
+    with pytest.raises(ConfigError, match=r"queries of data\.train \(\w+ there, \w+ here\)"):
+        training.make_trainer({**tree, "data": data}, resume=True)
+    files["queries"] = str(place.queries)
+    assert training.make_trainer({**tree, "data": data}, resume=True).run()["step"] == 8
+
+
+def test_another_metric_starts_the_best_anew(ended):
+    """A recall at 1 is never above the mean of recalls, so it could not become the best."""
+    tree, output = ended
+    changes = {"steps": 10, "valid": {"every": 10, "metric": "recall_t2i_r1"}}
+    result = training.make_trainer({**tree, **changes}, resume=True).run()
+    valid = training.read_rows(output, "valid")[-1]
+    assert result["best"] == {"value": valid["recall_t2i_r1"], "step": 10}
+    assert (output / "best").resolve().name == "step-00000010"
+
+
+@pytest.mark.parametrize(
+    "valid,message",
+    [
+        ({"metric": "recall"}, r"valid\.metric: 'recall' is none of .*recall_t2i_r1"),
+        ({"metric": "rank_t2i_r1"}, r"valid\.metric: .* valid\.k_test"),
+        ({"k_test": 13}, r"valid\.k_test: .*12 images: take at most k_test=12"),
+    ],
+)
+def test_a_validation_that_cannot_work_is_refused_before_training(place, tmp_path, valid, message):
+    with pytest.raises(ConfigError, match=message):
+        training.make_trainer(training.tiny_tree(place, tmp_path / "run", valid=valid))
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize(

@@ -28,12 +28,13 @@ from bagformer.training.checkpoint import (
     read_snapshot,
     write_model,
 )
-from bagformer.training.config import FREE, ConfigError, ProcessorConfig, TrainConfig
+from bagformer.training.config import ConfigError, ProcessorConfig, TrainConfig
 from bagformer.training.config_file import dump, to_dict
 from bagformer.training.distributed import Place, finish, gather_numbers, start
 from bagformer.training.finite import FiniteWatch, NonFiniteError
 from bagformer.training.gradient_cache import average_gradients
 from bagformer.training.optim import Schedule, freeze, make_optimizer, train_mode
+from bagformer.training.resume import best_so_far, check_same, digest
 from bagformer.training.step import TrainStep, active_losses, freeze_unreached
 from bagformer.training.validate import Validate, make_validate, metric_of
 
@@ -91,6 +92,7 @@ class Trainer:
         config, place = self.config, self.place
         pairs = data.open_split(config, config.data.train, "train")
         self.skipped = data.skipped(pairs)
+        self.queries = digest(pairs.queries)
         self.relations = data.Relations(pairs)
         transform = data.make_transform(config.augment, self.processor.image_processor)
         skip = config.data.on_error == "skip"
@@ -100,7 +102,7 @@ class Trainer:
         self.validate = validate
         if validate is None and config.data.valid.queries is not None:
             valid = data.open_split(config, config.data.valid, "valid")
-            self.validate = make_validate(config, valid, progress and place.first)
+            self.validate = make_validate(config, self.model, valid, progress and place.first)
 
     def _prepare_model(self) -> None:
         config, model, place = self.config, self.model, self.place
@@ -133,32 +135,23 @@ class Trainer:
     def _resume(self, last: Path) -> None:
         with self.checkpoints.reading(last):
             snapshot = read_snapshot(last)
-        self._check_same(snapshot.run, last)
+        check_same(snapshot.run, self.config, self._facts_kept(), last)
         with self.checkpoints.reading(last):
             self.averaged.load_state_dict(load_file(last / MODEL))
             if snapshot.learning is not None:
                 self.model.load_state_dict(snapshot.learning)
             self.optimizer.load_state_dict(snapshot.optimizer)
-        self.step, self.best = snapshot.step, snapshot.run["best"]
+        self.step, self.best = snapshot.step, best_so_far(snapshot.run, self.config)
         self.meter.load(snapshot.run["meter"])
         self.batches.start = self.step
 
-    def _check_same(self, run: dict[str, Any], last: Path) -> None:
-        old, new = run["config"], to_dict(self.config)
-        changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
-        facts = {"pairs of data.train": ("pairs", len(self.pairs))}
-        facts["processes"] = ("world", self.place.world)
-        differ = [f"{key} ({old.get(key)!r} there, {new[key]!r} here)" for key in changed]
-        differ += [
-            f"{name} ({run[key]} there, {here} here)"
-            for name, (key, here) in facts.items()
-            if run[key] != here
-        ]
-        if differ:
-            raise ConfigError(
-                f"--resume goes on with the run as it was in {last}, and these differ: "
-                f"{'; '.join(differ)}. Put them back, or start a new run with model: {last}"
-            )
+    def _facts_kept(self) -> dict[str, tuple[str, Any]]:
+        """What a resumed run must have in common beside its configuration, with its keys."""
+        return {
+            "pairs of data.train": ("pairs", len(self.pairs)),
+            "queries of data.train": ("queries", self.queries),
+            "processes": ("world", self.place.world),
+        }
 
     def _write_heads(self, progress: bool) -> None:
         config, place = self.config, self.place
@@ -346,8 +339,7 @@ class Trainer:
                 "best": self.best,
                 "meter": self.meter.state(),
                 "config": to_dict(self.config),
-                "pairs": len(self.pairs),
-                "world": self.place.world,
+                **dict(self._facts_kept().values()),
             }
             learning = None if self.ema is None else self.model.state_dict()
             snapshot = Snapshot(self.step, self.optimizer.state_dict(), run, learning)
