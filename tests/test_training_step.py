@@ -146,6 +146,7 @@ def test_freezing_by_name_stops_learning_and_dropout():
     "options,message",
     [
         (OptimConfig(name="adamwww"), "timm.optim has no 'adamwww'"),
+        (OptimConfig(name="adahessian"), "'adahessian' needs second derivatives"),
         (OptimConfig(options={"speed": 3}), "does not take {'speed': 3}"),
     ],
 )
