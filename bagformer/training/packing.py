@@ -15,8 +15,8 @@ _DTYPE = "__dtype__"
 def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     """What JSON can hold of ``value``; tensors go into ``tensors`` under their path.
 
-    Takes None, bool, int, float, str, dtypes, tensors, lists, tuples and dicts of them, with keys that are
-    str or int. Raises TypeError, naming the path, for anything else.
+    Takes None, bool, int, float, str, dtypes, tensors, lists, tuples and dicts of them, with keys
+    that are str or int. Raises TypeError, naming the path, for anything else.
     """
     if isinstance(value, Tensor):
         tensors[path or "value"] = value.detach().cpu().contiguous().clone()
