@@ -11,7 +11,12 @@ from support.models import make_inputs, tiny_model
 from test_losses import features
 
 from bagformer import BagwiseContrastiveLoss, reference
-from bagformer.losses import PAPER_LOSS, positives_from_ids
+from bagformer.losses import (
+    PAPER_LOSS,
+    multi_positive_cross_entropy,
+    pairwise_logistic,
+    positives_from_ids,
+)
 from bagformer.models.total_loss import PAPER_TOTAL
 
 TEXT_IDS, IMAGE_IDS = torch.tensor([7, 8, 7, 9]), torch.tensor([1, 7, 3, 1])
@@ -74,6 +79,22 @@ def test_equal_ids_are_positives(alone, gather, objective):
         strict=True,
     ):
         torch.testing.assert_close(first, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("objective", [multi_positive_cross_entropy, pairwise_logistic])
+def test_narrow_logits_are_widened_first(dtype, objective):
+    logits = (30 * torch.randn(6, 6, generator=torch.Generator().manual_seed(2))).to(dtype)
+    found = objective(logits, torch.eye(6, dtype=torch.bool))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, objective(logits.float()))
+
+
+def test_ids_need_pairs():
+    text, image, *_ = features(2, 3)
+    for name in ("text_ids", "image_ids"):
+        with pytest.raises(ValueError, match=f"{name} needs pairs, .*got 2 and 3.*positives"):
+            BagwiseContrastiveLoss()(text, image, **{name: torch.arange(2)})
 
 
 def test_positives_from_ids():
