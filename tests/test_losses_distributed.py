@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 from support.loss_worlds import (
+    EXPONENTS,
     Case,
     batches,
     in_processes,
@@ -99,6 +100,13 @@ def test_the_gradient_cache_in_two_processes(worlds, gather):
     for found in worlds[:2]:
         for name, value in truth.items():
             close(found["cached"][gather][name], value)
+
+
+def test_log_sum_exp_over_processes(worlds):
+    wanted = torch.tensor(EXPONENTS).logsumexp(dim=0)
+    assert wanted.isnan().tolist() == [False] * 4 + [True] and wanted[2] == -torch.inf
+    for found in worlds:
+        torch.testing.assert_close(found["log-sum-exp"], wanted, equal_nan=True)
 
 
 def test_a_ring_holds_no_more_than_one_block(worlds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import tempfile
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bagformer import BagwiseContrastiveLoss
+from bagformer.losses.collectives import logsumexp_over
 from bagformer.training.gradient_cache import average_gradients, cached_step
 
 SIZE = 6
@@ -231,6 +233,15 @@ def in_a_model(rank: int, group: Any) -> dict[str, Any]:
     return found
 
 
+# Of each of three processes: far apart, all without a number, one NaN.
+EXPONENTS = [
+    [0.0, 1e3, -math.inf, 5.0, 1.0],
+    [1e3, -1e3, -math.inf, -math.inf, math.nan],
+    [2.0] * 5,
+]
+EXPONENTS[2][2] = -math.inf
+
+
 def _cases(rank: int, group: Any, cases: list[Case], gathers: tuple[str, ...]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for gather in gathers:
@@ -254,6 +265,7 @@ def _work(rank: int, folder: str, two: list[Case], three: list[Case]) -> None:
     )
     pair = dist.new_group([0, 1])
     found = {"three": _cases(rank, dist.group.WORLD, three, ("ring",))}
+    found["log-sum-exp"] = logsumexp_over(torch.tensor(EXPONENTS[rank]), dist.group.WORLD)
     found["largest"] = {gather: largest(rank, gather) for gather in ("local", "ring")}
     if rank < 2:
         found["two"] = _cases(rank, pair, two, ("none", "local", "ring"))
