@@ -174,6 +174,8 @@ def test_rates_by_update():
     linear = rates(ScheduleConfig(name="linear"), 10, 5)
     assert linear == pytest.approx([1 - n / 10 for n in range(10)])
     assert rates(ScheduleConfig(name="none"), 3, 1) == [1.0] * 3
+    with pytest.raises(ConfigError, match=r"schedule\.warmup: .* none .* constant"):
+        rates(ScheduleConfig(name="none", warmup=3), 20, 5)
     with pytest.raises(ConfigError, match="leave none to learn"):
         rates(ScheduleConfig(warmup=20), 20, 5)
 

@@ -89,6 +89,10 @@ class Schedule:
         self, optimizer: torch.optim.Optimizer, config: TrainConfig, total: int, per_epoch: int
     ) -> None:
         options, self.per_epoch = config.schedule, per_epoch
+        if options.name == "none" and options.warmup:
+            raise ConfigError(
+                "schedule.warmup: with schedule.name none nothing sets the rate; take constant"
+            )
         self.original = options.unit == "original"
         self.warmup = self._warmup(options.warmup, total)
         name = {"linear": "poly"}.get(options.name, options.name)
