@@ -233,3 +233,25 @@ def test_the_model_takes_negatives_from_all_processes(alone, gather):
         torch.testing.assert_close(found.loss_ita, wanted.loss_ita)
     with pytest.raises(ValueError, match="gather must be one of"):
         model.gather_losses("everywhere")
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_scores_of_cls_tokens_stay_wide_under_autocast(hard):
+    """The features are bfloat16, or nearly; what is made of them is not."""
+    model, inputs = tiny_model(use_itm_head=False, hard_negatives=hard), make_inputs(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**inputs, return_loss=True)
+    logits = output.text_cls.double() @ output.image_cls.double().t() / model.temp.double()
+    truth = 0.5 * (multi_positive_cross_entropy(logits) + multi_positive_cross_entropy(logits.t()))
+    torch.testing.assert_close(output.loss_ita.double(), truth, rtol=1e-6, atol=1e-6)
+
+
+def test_matching_needs_pairs_that_belong_together():
+    """It shows the head text b with image b as a match, so labels must not say otherwise."""
+    model, inputs = tiny_model(), make_inputs(3)
+    positives = torch.tensor([[0, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
+    with pytest.raises(ValueError, match=r"loss_itm .*positives\[0, 0\] is False"):
+        model(**inputs, return_loss=True, positives=positives)
+    weights = {"ita": 1, "twc": 1}
+    output = model(**inputs, return_loss=True, positives=positives, loss_weights=weights)
+    assert output.loss_itm is None and torch.isfinite(output.loss)

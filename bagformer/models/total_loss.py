@@ -66,16 +66,12 @@ def add_losses(
         wanted.pop("itm", None)
     if not wanted:
         raise ValueError(f"loss_weights leave nothing that this model computes, got {weights}")
-    positives = _positives_here(model, labels, batch, images)
+    positives = _positives_here(model, labels, (batch, images), "itm" in wanted)
     if "twc" in wanted:
         output.loss_twc = _late_interaction(model, output, labels, positives)
-    elif positives is not None and model.loss_gather == "none" and not _compiling():
-        check_positives(positives, (batch, batch))
     logits: Any = None
     if "ita" in wanted or model.config.hard_negatives:
-        similarity = output.text_cls @ output.image_cls.t()
-        wide = similarity.to(accumulation_dtype(similarity.dtype))
-        logits = wide / model.cls_temperature()
+        logits = _similarity(output.text_cls, output.image_cls) / model.cls_temperature()
     if "ita" in wanted:
         output.loss_ita = _cls_tokens(model, output, labels, positives, logits)
     if "itm" in wanted:
@@ -87,29 +83,42 @@ def add_losses(
     output.loss = sum(weighted[1:], weighted[0])
 
 
+def _similarity(text_cls: Tensor, image_cls: Tensor) -> Tensor:
+    """Inner products ``[B, B]`` in at least float32, under autocast too."""
+    wide = accumulation_dtype(text_cls.dtype)
+    with torch.autocast(text_cls.device.type, enabled=False):
+        return text_cls.to(wide) @ image_cls.to(wide).t()
+
+
 def _compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
-def _positives_here(model: Any, labels: Labels, batch: int, images: int) -> Tensor | None:
+def _positives_here(
+    model: Any, labels: Labels, sizes: tuple[int, int], matching: bool
+) -> Tensor | None:
     """``[B, B]`` of this process's own pairs, or None for the diagonal."""
+    batch, images = sizes
     if model.loss_gather == "none":
-        return _checked(labels, batch, images, images)
+        return _checked(labels, batch, images, slice(0, images), images, matching)
     need_processes(model.loss_gather)
     refusal: Exception | None = None
     found: Tensor | None = None
     width, own = own_columns(images, model.loss_group)
     try:
-        found = _checked(labels, batch, images, width)
+        found = _checked(labels, batch, images, own, width, matching)
     except (TypeError, ValueError) as error:
         refusal = error
     # or the others would wait in the losses for the one that gave up here
     refuse_together(refusal, model.loss_group)
-    return found if found is None or labels.positives is None else found[:, own]
+    return found
 
 
-def _checked(labels: Labels, batch: int, images: int, width: int) -> Tensor | None:
-    """``positives [B, width]`` of the labels, or None where there are none."""
+def _checked(
+    labels: Labels, batch: int, images: int, own: slice, width: int, matching: bool
+) -> Tensor | None:
+    """``positives [B, images]``: the columns ``own`` of the ``width`` that the labels have, or
+    None where there are no labels."""
     if batch != images:
         raise ValueError(f"the losses need as many texts as images, got {batch} and {images}")
     positives, *ids = labels
@@ -119,8 +128,17 @@ def _checked(labels: Labels, batch: int, images: int, width: int) -> Tensor | No
         for name, one in zip(("text_ids", "image_ids"), ids, strict=True):
             check_ids(name, one, batch, images)
         return positives_from_ids(*ids)
-    if positives is not None:
-        check_positives_shape(positives, (batch, width))
+    if positives is None:
+        return None
+    check = check_positives_shape if _compiling() or width > images else check_positives
+    check(positives, (batch, width))
+    positives = positives[:, own]
+    if matching and not _compiling() and not bool(positives.diagonal().all()):
+        row = int((~positives.diagonal()).nonzero()[0])
+        raise ValueError(
+            f"loss_itm takes text b and image b for a match, but positives[{row}, "
+            f"{own.start + row}] is False; order the pairs so, or leave itm out of loss_weights"
+        )
     return positives
 
 
