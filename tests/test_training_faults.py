@@ -126,6 +126,7 @@ def spoil(trainer, at, value):
     ],
 )
 def test_weights_that_an_update_broke_are_not_saved(place, tmp_path, changes):
+    changes = {"steps": 10, **changes}
     trainer = training.make_trainer(training.tiny_tree(place, tmp_path / "run", **changes))
     spoil(trainer, 7, float("inf"))
     with pytest.raises(NonFiniteError, match=r"step 8: .*vision_proj\.bias.*ids of the batch: \d"):
@@ -134,7 +135,7 @@ def test_weights_that_an_update_broke_are_not_saved(place, tmp_path, changes):
     record = json.loads((tmp_path / "run" / "nonfinite-step-8.json").read_text())
     assert len(record["query_and_item_ids"]) == 6
     tree = training.tiny_tree(place, tmp_path / "run", **changes)
-    assert training.make_trainer(tree, resume=True).run()["step"] == 30
+    assert training.make_trainer(tree, resume=True).run()["step"] == 10
 
 
 def test_a_signal_saves_no_broken_weights(place, tmp_path):
@@ -154,6 +155,29 @@ def test_hard_negatives_of_a_model_that_broke(tmp_path_factory, tmp_path):
     spoil(trainer, 5, float("nan"))
     with pytest.raises(NonFiniteError, match=r"step 7: .*loss is nan"):
         trainer.run()
+
+
+def test_a_checkpoint_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """And what ``last`` stands for is not moved, not even to put the same in its place."""
+    events, sync, rename = [], os.fsync, os.rename
+
+    def synced(handle):
+        events.append(os.readlink(f"/proc/self/fd/{handle}"))
+        sync(handle)
+
+    def renamed(source, target):
+        events.append(f"{os.path.basename(source)} -> {os.path.basename(target)}")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    snapshot = Snapshot(3, {"m": torch.ones(2)}, {})
+    for _ in range(2):
+        Checkpoints(tmp_path, keep=1).save(snapshot, lambda folder: None, best=False)
+    moves = [place for place, event in enumerate(events) if "->" in event]
+    assert [events[place] for place in moves] == [".draft-step-00000003 -> step-00000003"]
+    written = [os.path.basename(event) for event in events[: moves[0]]]
+    assert written == ["state.json", "optimizer.safetensors", ".draft-step-00000003"]
 
 
 def test_best_is_linked_before_last(tmp_path, monkeypatch):

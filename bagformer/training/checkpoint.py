@@ -96,7 +96,6 @@ class Checkpoints:
     def __init__(self, output: Path, keep: int) -> None:
         self.output, self.keep = output, keep
         self.folder = output / FOLDER
-        self._written: set[Path] = set()
 
     def path(self, link: str) -> Path | None:
         """The folder that ``last`` or ``best`` stands for, or None."""
@@ -154,7 +153,7 @@ class Checkpoints:
         draft, target = self.folder / f"{_DRAFT}{name}", self.folder / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if target not in self._written and target.resolve() != self.path(LAST):
+            if target.resolve() != self.path(LAST):
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir()
                 write_model(draft)
@@ -180,7 +179,6 @@ class Checkpoints:
             os.rename(target, trash)
         os.rename(draft, target)
         _sync(self.folder)
-        self._written.add(target)
         shutil.rmtree(trash, ignore_errors=True)
 
     def _failure(self, step: int, error: Exception) -> str:
