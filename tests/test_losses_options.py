@@ -246,6 +246,20 @@ def test_scores_of_cls_tokens_stay_wide_under_autocast(hard):
     torch.testing.assert_close(output.loss_ita.double(), truth, rtol=1e-6, atol=1e-6)
 
 
+def test_two_batches_before_one_backward():
+    """Keeping the temperatures in range must not spoil what the first batch saved."""
+    model, inputs = tiny_model(temperature="learn").train(), make_inputs(3)
+    torch.manual_seed(0)
+    losses = [model(**inputs, return_loss=True).loss for _ in range(2)]
+    sum(losses).backward()
+    both = model.temp.grad.clone()
+    model.zero_grad()
+    torch.manual_seed(0)
+    for _ in range(2):
+        model(**inputs, return_loss=True).loss.backward()
+    torch.testing.assert_close(both, model.temp.grad)
+
+
 def test_matching_needs_pairs_that_belong_together():
     """It shows the head text b with image b as a match, so labels must not say otherwise."""
     model, inputs = tiny_model(), make_inputs(3)
