@@ -30,6 +30,7 @@ TWO = [
     Case((2, 4), (3, 2), (5, 4), SOFTMAX | {"reduction": "mean"}, "positives"),
     Case((2, 4), (3, 2), (5, 4), SIGMOID, "positives"),
     Case((2, 2), (2, 2), (4, 4), {"directions": "text_to_image", "temperature": 0.5}, masked=False),
+    Case((2, 3), (2, 3), (3, 5), SOFTMAX | {"mask_mode": "zero"}, masked=False),
     Case((1, 3), (1, 3), (2, 4), SIGMOID | {"directions": "image_to_text"}),
 ]
 THREE = [

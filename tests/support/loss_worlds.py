@@ -89,7 +89,7 @@ def step(
     leaves = {name: batch[name].clone().requires_grad_() for name in ("text", "image")}
     turned = {name: (leaf.mT * 1.0).mT for name, leaf in leaves.items()}
     value = loss(**{**batch, **turned})
-    value.backward()
+    (1.5 * value).backward()
     found = {"loss": value.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
     return found | {name: p.grad for name, p in loss.named_parameters()}
 
