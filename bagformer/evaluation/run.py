@@ -270,6 +270,18 @@ def _report(job: _Job, ranks: dict[str, dict[str, Tensor]], rankings: dict[str, 
     return Report(protocol, metrics, counts, job.k_test, rankings, job.data.queries, job.data.ids)
 
 
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode, and then for each part the mode that it had."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 @torch.inference_mode()
 def evaluate(
     model: Any,
@@ -322,12 +334,8 @@ def evaluate(
     data = _read(dataset)
     _check_k(model, data, wanted, k_test)
     job = _Job(model, data, wanted, k_test, progress)
-    training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         found = _run(job, processor, batch_size, num_workers, store_dtype, spill)
-    finally:
-        model.train(training)
     return _report(job, *found)
 
 
