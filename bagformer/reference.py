@@ -116,21 +116,32 @@ def _ones(features: Tensor, mask: Tensor | None) -> Tensor:
     return mask.to(torch.bool)
 
 
-def _score(text, image, text_mask, image_mask, mask_mode, reduction):
-    """``text [..., N, D]`` with ``image [..., P, D]``, whose leading axes broadcast."""
-    dtype = accumulation_dtype(text.dtype)
-    zero = torch.zeros((), dtype=dtype, device=text.device)
-    text = torch.where(text_mask[..., None], text.to(dtype), zero)
-    image = torch.where(image_mask[..., None], image.to(dtype), zero)
-    similarity = text @ image.transpose(-1, -2)
-    lead = similarity.shape[:-2]
-    text_mask = text_mask.expand(*lead, text_mask.shape[-1])
-    image_mask = image_mask.expand(*lead, image_mask.shape[-1])
-    t2i, text_argmax = _directed(similarity, text_mask, image_mask, mask_mode, reduction)
-    i2t, image_argmax = _directed(
-        similarity.transpose(-1, -2), image_mask, text_mask, mask_mode, reduction
+def _scores(
+    similarity: Tensor,
+    text_mask: Tensor,
+    image_mask: Tensor,
+    *,
+    mask_mode: str = "exclude",
+    directions: str = "both",
+    reduction: str = "sum",
+    return_argmax: bool = False,
+) -> MaxSimScores:
+    """Scores of ``similarity [Nt, Ni, N, P]``, or of ``[Nt, K, N, P]`` and masks of three axes."""
+    candidates, lead = image_mask.dim() == 3, similarity.shape[:2]
+    own = text_mask[:, None].expand(*lead, text_mask.shape[-1])
+    other = image_mask.expand(*lead, image_mask.shape[-1])
+    t2i, text_argmax = _directed(similarity, own, other, mask_mode, reduction)
+    turned = similarity.transpose(-1, -2)
+    i2t, image_argmax = _directed(turned, other, own, mask_mode, reduction)
+    if not candidates:
+        i2t, image_argmax = i2t.transpose(0, 1), image_argmax.transpose(0, 1)
+    wants_text, wants_image = directions != "image_to_text", directions != "text_to_image"
+    return MaxSimScores(
+        t2i if wants_text else None,
+        i2t if wants_image else None,
+        text_argmax if return_argmax and wants_text else None,
+        image_argmax if return_argmax and wants_image else None,
     )
-    return t2i, i2t, text_argmax, image_argmax
 
 
 def maxsim(
@@ -161,22 +172,19 @@ def maxsim(
       which one is NaN is NaN, and its argmax is the first NaN.
     - Scores are float32, or float64 for float64 inputs, and so is everything accumulated.
     """
-    keep = _ones(text, text_mask), _ones(image, image_mask)
-    if image.dim() == 4:
-        parts = _score(text[:, None], image, keep[0][:, None], keep[1], mask_mode, reduction)
-        t2i, i2t, text_argmax, image_argmax = parts
-    else:
-        parts = _score(
-            text[:, None], image[None], keep[0][:, None], keep[1][None], mask_mode, reduction
-        )
-        t2i, i2t, text_argmax, image_argmax = parts
-        i2t, image_argmax = i2t.transpose(0, 1), image_argmax.transpose(0, 1)
-    wants_text, wants_image = directions != "image_to_text", directions != "text_to_image"
-    return MaxSimScores(
-        t2i if wants_text else None,
-        i2t if wants_image else None,
-        text_argmax if return_argmax and wants_text else None,
-        image_argmax if return_argmax and wants_image else None,
+    dtype = accumulation_dtype(text.dtype)
+    zero = torch.zeros((), dtype=dtype, device=text.device)
+    text_mask, image_mask = _ones(text, text_mask), _ones(image, image_mask)
+    text = torch.where(text_mask[..., None], text.to(dtype), zero)
+    image = torch.where(image_mask[..., None], image.to(dtype), zero)
+    return _scores(
+        text[:, None] @ image.transpose(-1, -2),
+        text_mask,
+        image_mask,
+        mask_mode=mask_mode,
+        directions=directions,
+        reduction=reduction,
+        return_argmax=return_argmax,
     )
 
 
@@ -211,15 +219,39 @@ def dequantize_features(values: Tensor, scales: Tensor, dtype: torch.dtype) -> T
     return (values.to(wide) * scales.to(wide)[..., None]).to(dtype)
 
 
-def maxsim_quantized(text: Tensor, values: Tensor, scales: Tensor, **options) -> MaxSimScores:
-    """Exactly :func:`maxsim` of the text and the dequantized image, both in the dtype of scores.
+def maxsim_quantized(
+    text: Tensor,
+    values: Tensor,
+    scales: Tensor,
+    *,
+    text_scales: Tensor | None = None,
+    text_mask: Tensor | None = None,
+    image_mask: Tensor | None = None,
+    **options,
+) -> MaxSimScores:
+    """:func:`maxsim` on features that :func:`quantize_features` stored; not differentiable.
 
-    ``values [Ni, P, D]`` or ``[Nt, K, P, D]`` with ``scales`` of the same shape without ``D``, as
-    :func:`quantize_features` makes them. What was lost is lost in the stored values alone; a kernel
-    may apply a scale after the sum over ``D``. It is not differentiable.
+    ``values [Ni, P, D]`` or ``[Nt, K, P, D]`` with ``scales`` of the same shape without ``D``.
+
+    - A float ``text``: exactly :func:`maxsim` of the text and the dequantized image, both in the
+      dtype of scores. What was lost is lost in the stored values alone; a kernel may apply a scale
+      after the sum over ``D``.
+    - An int8 ``text`` with ``text_scales [Nt, N]``, for int8 ``values``: a similarity is
+      ``float32(sum over d of text * values) * (text_scale * scale)``, where the sum is an exact
+      integer, rounded once, and each product is rounded to float32, the one in brackets first. A
+      similarity therefore has one right answer to the bit, and so do maxima and their indices.
+      Scores are float32. ``D`` is at most 131,071, so that sums fit in 32 bits.
     """
-    wide = accumulation_dtype(text.dtype)
-    return maxsim(text.detach().to(wide), dequantize_features(values, scales, wide), **options)
+    if text_scales is None:
+        wide = accumulation_dtype(text.dtype)
+        image = dequantize_features(values, scales, wide)
+        return maxsim(
+            text.detach().to(wide), image, text_mask=text_mask, image_mask=image_mask, **options
+        )
+    # float64 holds every such integer
+    sums = text.double()[:, None] @ values.double().transpose(-1, -2)
+    similarity = sums.float() * (text_scales[:, None, :, None] * scales[..., None, :])
+    return _scores(similarity, _ones(text, text_mask), _ones(values, image_mask), **options)
 
 
 def maxsim_pairs(text: Tensor, image: Tensor, *, image_mask: Tensor | None = None, **options):

@@ -1,4 +1,4 @@
-"""Images stored in eight bits: what the ranking loses, what a picture weighs, what scoring costs.
+"""Features stored in eight bits: what the ranking loses, what a picture weighs, what scoring costs.
 
     python benchmarks/quantized.py [--rounds 9] [--threads 1] [--out FILE]
 
@@ -48,11 +48,13 @@ def forms(text: Tensor, image: Tensor) -> dict[str, tuple[int, Callable[..., Any
     """Bytes of the stored images and the call that scores them, by form."""
     narrow = text.bfloat16(), image.bfloat16()
     int8, fp8 = quantize_features(image), quantize_features(image, "fp8_e4m3")
+    stored = quantize_features(text)
     return {
         "float32": (image.nbytes, lambda **o: maxsim(text, image, **o)),
         "bfloat16": (narrow[1].nbytes, lambda **o: maxsim(*narrow, **o)),
         "int8, float32 text": (int8.nbytes, lambda **o: maxsim_quantized(text, int8, **o)),
         "int8, bfloat16 text": (int8.nbytes, lambda **o: maxsim_quantized(narrow[0], int8, **o)),
+        "int8, int8 text": (int8.nbytes, lambda **o: maxsim_quantized(stored, int8, **o)),
         "fp8, float32 text": (fp8.nbytes, lambda **o: maxsim_quantized(text, fp8, **o)),
         "fp8, bfloat16 text": (fp8.nbytes, lambda **o: maxsim_quantized(narrow[0], fp8, **o)),
     }

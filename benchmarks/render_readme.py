@@ -1,10 +1,9 @@
-"""Write the README's figures from the JSON files that hold them.
+"""Write the figures of the README and of two pages from the JSON files that hold them.
 
 python benchmarks/render_readme.py [--check]
 
 What stands between the markers ``<!-- figures:begin NAME -->`` and ``<!-- figures:end -->`` is
-replaced. With ``--check`` nothing is written, and the exit status is 1 if the README is out of
-date.
+replaced. With ``--check`` nothing is written, and the exit status is 1 if a page is out of date.
 """
 
 from __future__ import annotations
@@ -17,6 +16,10 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+PAGES = tuple(ROOT / page for page in ("README.md", "docs/maxsim.md", "docs/benchmarks.md"))
+
+
+DTYPES = ("float32", "bfloat16")
 
 
 def _load(path: Path) -> dict[str, Any]:
@@ -175,11 +178,57 @@ def segmentation() -> str:
     )
 
 
+def quantized() -> str:
+    """Features in eight bits: accuracy, bytes and speed of each form, in docs/maxsim.md."""
+    file = "quantized.json"
+    result, rows = _load(RESULTS / file), []
+    forms = [result[kind]["forms"] for kind in ("sample", "random")]
+    times = [
+        result["times"][name]["forms"] for name in ("one text with many pictures", "all pairs")
+    ]
+    for name in forms[0]:
+        found = [form[name]["text_to_image"] for form in forms]
+        kept = [f"{100 * way['top10_overlap']:.1f} %" for way in found]
+        lost = [f"{100 * way['error_over_spread']:.1f} %" for way in found]
+        recall = f"{forms[0][name]['recall']['R@1']:.2f} %"
+        rows.append(
+            [name, f"{forms[1][name]['bytes_per_picture']:,}", recall, kept[0], lost[0]]
+            + [kept[1], lost[1]]
+            + [f"{timed[name]['speed_over_float32']:.2f} x" for timed in times]
+        )
+    head = ["", "bytes of a picture", "R@1, sample", "top 10 kept", "error", "top 10 kept, random"]
+    head += ["error", "one text, 512 pictures", "64 texts, 64 pictures"]
+    caption = _caption(result, file).replace("(benchmarks/", "(../benchmarks/")
+    return f"{_table(head, rows)}\n\n{caption}."
+
+
+def screen() -> str:
+    """What an int8 screen skips and takes, in docs/benchmarks.md."""
+    file = "screen.json"
+    result, rows = _load(RESULTS / file), []
+    for name, found in result["sets"].items():
+        count, patches, width = found["shape"]["pictures"]
+        label = f"{name}: {count:,} x {patches} x {width}, {found['shape']['bags']:g} bags"
+        shares, times = found["shares"], found["times"]
+        for k in (1, 10, 100):
+            rows.append(
+                [f"{label}, k={k}", f"{100 * shares[f'images skipped, cheap, k={k}']:.1f} %"]
+                + [f"{100 * shares['tiles skipped, rows alone']:.1f} %"]
+                + [f"{times['ms'][f'{way}, k={k}']:.2f} ms" for way in ("float32", "screened")]
+                + [f"{times[f'screened over {dtype}, k={k}']:.2f} x" for dtype in DTYPES]
+            )
+    head = ["", "skipped", "tiles", "`maxsim_topk`", "screened", "faster", "than bfloat16"]
+    caption = _caption(result, file).replace("(benchmarks/", "(../benchmarks/")
+    return f"{_table(head, rows)}\n\n{caption}."
+
+
 def render(text: str) -> str:
     """``text`` with every marked part written anew. Raises KeyError for an unknown name."""
     parts = {
         "tiny": tiny,
         "cpu": cpu,
+        "quantized": quantized,
+        "screen": screen,
         "segmentation": segmentation,
         "learning": learning,
         "loss": loss,
@@ -193,13 +242,15 @@ def render(text: str) -> str:
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    old = path.read_text(encoding="utf-8")
-    new = render(old)
-    if "--check" in sys.argv[1:]:
-        return int(new != old)
-    path.write_text(new, encoding="utf-8")
-    return 0
+    stale = []
+    for path in PAGES:
+        old = path.read_text(encoding="utf-8")
+        new = render(old)
+        if new != old:
+            stale.append(path)
+            if "--check" not in sys.argv[1:]:
+                path.write_text(new, encoding="utf-8")
+    return int(bool(stale) and "--check" in sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -140,7 +140,9 @@ def test_explanation_names_backend_reason_and_instruction_set(monkeypatch):
 
 def test_instruction_set_is_validated(monkeypatch):
     monkeypatch.setenv("BAGFORMER_CPU_ISA", "mmx")
-    with pytest.raises(ValueError, match="must be scalar, avx2, avx512 or avx512bf16; got 'mmx'"):
+    with pytest.raises(
+        ValueError, match="must be scalar, avx2, avx512, avx512vnni or avx512bf16; got 'mmx'"
+    ):
         maxsim(features(1, 2, 3), features(1, 2, 3))
     monkeypatch.setenv("BAGFORMER_CPU_ISA", "scalar")
     assert _native.load().cpu_isa() == "scalar"

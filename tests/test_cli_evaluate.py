@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from support import world
+from support import source_sets, world
 
 from bagformer.cli.main import main
 
@@ -136,3 +136,52 @@ def test_broken_lines_are_left_out_and_counted(run, place, tmp_path):
         "unknown format": 1,
     }
     assert "left out" in err
+
+
+def test_other_sources_give_the_same_metrics(run, place, tmp_path, monkeypatch):
+    source_sets.keep_cache_in(tmp_path / "cache", monkeypatch)
+    rows = source_sets.rows_of(place.queries, place.images)
+    source_sets.write_all(tmp_path / "sources", rows)
+    code, printed, _ = run(place.model, place.queries.parent, "--json")
+    expected = json.loads(printed)
+    assert expected["source"] == "muge"
+    folder = tmp_path / "sources"
+    parts = [folder / f"hf-{n}.parquet" for n in range(2)]
+    for arguments, kind in (
+        (parts, "parquet"),
+        ([folder / "shard-0.tar", folder / "shard-1.tar"], "webdataset"),
+        ([folder / "shard-{0..1}.tar"], "webdataset"),
+        ([folder / "saved"], "huggingface"),
+        ([folder / "splits", "--split", "train"], "huggingface"),
+    ):
+        code, printed, err = run(place.model, *arguments, "--json")
+        found = json.loads(printed)
+        assert (code, err, found["source"]) == (0, "", kind)
+        for name in ("metrics", "counts", "skipped"):
+            assert found[name] == expected[name], name
+    original = world.make_model(tmp_path / "original", protocol="original")
+    found = [run(original, *data, "--json") for data in ([place.queries.parent], parts)]
+    assert json.loads(found[0][1])["metrics"] == json.loads(found[1][1])["metrics"]
+    for arguments, message in (
+        (("--column", "txt=a"), "--column txt=a: expected one of text, image, query_id"),
+        (("--column", "text=txet"), "there is no column 'txet'"),
+        (("--split", "x"), "split: parquet has none"),
+        (("--queries", place.queries), "are for muge, and DATA is parquet"),
+    ):
+        found = run(place.model, *parts, *arguments)
+        world.fails_with_one_line(found, 2, "evaluate", message)
+    found = run(place.model, "me/cats", "--source", "huggingface")
+    world.fails_with_one_line(found, 2, "evaluate", "Nothing is downloaded")
+
+
+def test_a_broken_row_is_named_or_left_out(run, place, tmp_path):
+    rows = source_sets.rows_of(place.queries, place.images)
+    samples = source_sets.samples_of(rows)
+    samples[2]["png"] = b"no picture"
+    shard = source_sets.write_tar(tmp_path / "a.tar", samples)
+    arguments = (place.model, shard, "--json")
+    message = f"{shard}: sample 000002: image: none of JPEG"
+    world.fails_with_one_line(run(*arguments), 2, "evaluate", message)
+    world.fails_with_one_line(run(*arguments, "--workers", 2), 2, "evaluate", message)
+    code, printed, _ = run(*arguments, "--skip-errors")
+    assert code == 0 and json.loads(printed)["skipped"] == {"unknown format": 1}

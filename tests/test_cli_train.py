@@ -97,8 +97,9 @@ def test_what_is_no_log(cli, tmp_path):
 
     log = tmp_path / "log.jsonl"
     fails("no such file", log)
-    log.write_text('{"step": 1}\n{"kind": "train", "step": 2}\n')
-    fails("log.jsonl:1: not a line of a training log", log)
+    for line in ('{"step": 1}', '{"kind": ["a"], "step": 1}', '{"kind": "train", "step": 1e400}'):
+        log.write_text(line + '\n{"kind": "train", "step": 2}\n')
+        fails("log.jsonl:1: not a line of a training log", log)
     log.write_text('{"kind": "start", "step": 0}\n')
     fails("no step has been logged yet", log)
     fails("--out: expected a name in .svg, .png, .pdf", log, "-o", "curves.txt")

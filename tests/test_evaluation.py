@@ -147,6 +147,27 @@ def test_the_model_comes_back_in_its_own_mode(tmp_path, place):
     assert model.training and seen and not any(seen)
 
 
+def test_modes_of_parts_and_random_numbers_are_as_they_were(tmp_path, place):
+    """A frozen tower that was in evaluation mode stays in it, and training draws what it would."""
+    model, processor = model_and_processor(tmp_path)
+    model.train()
+    model.vision_model.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    state = torch.get_rng_state()
+    evaluate(model, processor, read(place))
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_tokens_that_their_store_cannot_hold_are_named(tmp_path, place):
+    model, processor = model_and_processor(tmp_path)
+    with torch.no_grad():
+        model.vision_model.backbone.norm.weight.fill_(1e6)
+    with pytest.raises(ValueError, match=r"store_dtype.*float16.*bfloat16 or float32"):
+        evaluate(model, processor, read(place), k_test=2)
+    assert evaluate(model, processor, read(place), k_test=2, store_dtype="bfloat16").metrics
+
+
 def test_a_model_in_bfloat16_keeps_its_tokens_so(tmp_path, place, monkeypatch):
     model, processor = model_and_processor(tmp_path)
     wide = evaluate(model, processor, read(place), k_test=5)

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
-from support.loss_worlds import Case, batches, in_processes, model_step, step, together
+from support.loss_worlds import (
+    EXPONENTS,
+    Case,
+    batches,
+    in_processes,
+    model_batch,
+    model_losses,
+    model_step,
+    step,
+    together,
+)
 
 from bagformer import BagwiseContrastiveLoss
 
@@ -18,6 +30,7 @@ TWO = [
     Case((2, 4), (3, 2), (5, 4), SOFTMAX | {"reduction": "mean"}, "positives"),
     Case((2, 4), (3, 2), (5, 4), SIGMOID, "positives"),
     Case((2, 2), (2, 2), (4, 4), {"directions": "text_to_image", "temperature": 0.5}, masked=False),
+    Case((2, 3), (2, 3), (3, 5), SOFTMAX | {"mask_mode": "zero"}, masked=False),
     Case((1, 3), (1, 3), (2, 4), SIGMOID | {"directions": "image_to_text"}),
 ]
 THREE = [
@@ -90,6 +103,13 @@ def test_the_gradient_cache_in_two_processes(worlds, gather):
             close(found["cached"][gather][name], value)
 
 
+def test_log_sum_exp_over_processes(worlds):
+    wanted = torch.tensor(EXPONENTS).logsumexp(dim=0)
+    assert wanted.isnan().tolist() == [False] * 4 + [True] and wanted[2] == -torch.inf
+    for found in worlds:
+        torch.testing.assert_close(found["log-sum-exp"], wanted, equal_nan=True)
+
+
 def test_a_ring_holds_no_more_than_one_block(worlds):
     winners = 8 * 8 * 16  # of the bags of one process's texts
     for found in worlds:
@@ -107,6 +127,38 @@ def test_bad_arguments_of_one_process_stop_all(worlds, gather):
     assert "every process must bring the same feature size, got [4, 3]" in first[2]
     assert first[3] == second[3]
     assert "no True in row 3 (number 1 of process 1)" in first[3]
+
+
+def test_a_model_takes_its_negatives_from_all_processes(worlds):
+    truth = model_losses(*model_batch(), "none", None)
+    for found in worlds[:2]:
+        for gather in ("local", "ring"):
+            for value, wanted in zip(found["model"][gather], truth, strict=True):
+                close(value, wanted)
+
+
+def test_wrong_labels_of_a_model_in_one_process_stop_all(worlds):
+    first, second = (found["model"]["refusals"] for found in worlds[:2])
+    assert first == ["RuntimeError: process 1 refused its arguments to the loss"] * 2
+    assert second == [
+        "ValueError: positives must be [2, 4], got [2, 3]",
+        "TypeError: positives must be a torch.Tensor, got list",
+    ]
+
+
+def test_processes_that_disagree_are_all_told(worlds):
+    first, second = (found["disagreements"] for found in worlds[:2])
+    assert first == second
+    wanted = [
+        r"same kind of labels, got \['text_ids', 'image_ids'\]",
+        r"same gather, got \['local', 'ring'\]",
+        r"same directions, got \['both', 'text_to_image'\]",
+        r"same objective, got \['softmax', 'sigmoid'\]",
+        r"same gradient of the text, got \['wanted', 'not wanted'\]",
+        r"same gradient of the temperature, got \['not wanted', 'wanted'\]",
+    ]
+    for said, message in zip(first, wanted, strict=True):
+        assert re.search(f"^ValueError: every process must bring the {message}$", said), said
 
 
 @pytest.mark.parametrize("gather", ["local", "ring"])

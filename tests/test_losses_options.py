@@ -11,7 +11,12 @@ from support.models import make_inputs, tiny_model
 from test_losses import features
 
 from bagformer import BagwiseContrastiveLoss, reference
-from bagformer.losses import PAPER_LOSS, positives_from_ids
+from bagformer.losses import (
+    PAPER_LOSS,
+    multi_positive_cross_entropy,
+    pairwise_logistic,
+    positives_from_ids,
+)
 from bagformer.models.total_loss import PAPER_TOTAL
 
 TEXT_IDS, IMAGE_IDS = torch.tensor([7, 8, 7, 9]), torch.tensor([1, 7, 3, 1])
@@ -76,6 +81,22 @@ def test_equal_ids_are_positives(alone, gather, objective):
         torch.testing.assert_close(first, second)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("objective", [multi_positive_cross_entropy, pairwise_logistic])
+def test_narrow_logits_are_widened_first(dtype, objective):
+    logits = (30 * torch.randn(6, 6, generator=torch.Generator().manual_seed(2))).to(dtype)
+    found = objective(logits, torch.eye(6, dtype=torch.bool))
+    assert found.dtype == torch.float32
+    assert torch.equal(found, objective(logits.float()))
+
+
+def test_ids_need_pairs():
+    text, image, *_ = features(2, 3)
+    for name in ("text_ids", "image_ids"):
+        with pytest.raises(ValueError, match=f"{name} needs pairs, .*got 2 and 3.*positives"):
+            BagwiseContrastiveLoss()(text, image, **{name: torch.arange(2)})
+
+
 def test_positives_from_ids():
     assert torch.equal(positives_from_ids(TEXT_IDS, IMAGE_IDS), SAME)
     eye = torch.eye(4, dtype=torch.bool)
@@ -116,6 +137,16 @@ def test_nan_and_unequal_sides_of_one_process(alone, gather):
     bad = image[:2].detach().clone()
     bad[1, 1, 0] = float("nan")
     assert torch.isnan(BagwiseContrastiveLoss(gather=gather)(text, bad))
+
+
+@pytest.mark.parametrize("gather", ["none", "local", "ring"])
+def test_a_second_derivative_is_refused(alone, gather):
+    text, image, *_ = features()
+    weight = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
+    value = BagwiseContrastiveLoss(gather=gather)(text, image) * weight
+    (first,) = torch.autograd.grad(value, text, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable"):
+        first.pow(2).sum().backward()
 
 
 @pytest.mark.parametrize("objective", ["softmax", "sigmoid"])
@@ -202,3 +233,39 @@ def test_the_model_takes_negatives_from_all_processes(alone, gather):
         torch.testing.assert_close(found.loss_ita, wanted.loss_ita)
     with pytest.raises(ValueError, match="gather must be one of"):
         model.gather_losses("everywhere")
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_scores_of_cls_tokens_stay_wide_under_autocast(hard):
+    """The features are bfloat16, or nearly; what is made of them is not."""
+    model, inputs = tiny_model(use_itm_head=False, hard_negatives=hard), make_inputs(4)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = model(**inputs, return_loss=True)
+    logits = output.text_cls.double() @ output.image_cls.double().t() / model.temp.double()
+    truth = 0.5 * (multi_positive_cross_entropy(logits) + multi_positive_cross_entropy(logits.t()))
+    torch.testing.assert_close(output.loss_ita.double(), truth, rtol=1e-6, atol=1e-6)
+
+
+def test_two_batches_before_one_backward():
+    """Keeping the temperatures in range must not spoil what the first batch saved."""
+    model, inputs = tiny_model(temperature="learn").train(), make_inputs(3)
+    torch.manual_seed(0)
+    losses = [model(**inputs, return_loss=True).loss for _ in range(2)]
+    sum(losses).backward()
+    both = model.temp.grad.clone()
+    model.zero_grad()
+    torch.manual_seed(0)
+    for _ in range(2):
+        model(**inputs, return_loss=True).loss.backward()
+    torch.testing.assert_close(both, model.temp.grad)
+
+
+def test_matching_needs_pairs_that_belong_together():
+    """It shows the head text b with image b as a match, so labels must not say otherwise."""
+    model, inputs = tiny_model(), make_inputs(3)
+    positives = torch.tensor([[0, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
+    with pytest.raises(ValueError, match=r"loss_itm .*positives\[0, 0\] is False"):
+        model(**inputs, return_loss=True, positives=positives)
+    weights = {"ita": 1, "twc": 1}
+    output = model(**inputs, return_loss=True, positives=positives, loss_weights=weights)
+    assert output.loss_itm is None and torch.isfinite(output.loss)

@@ -138,6 +138,14 @@ def test_negatives_are_drawn_by_similarity_and_never_positives():
         make_slow(model, {"text_proj_m.weight": torch.zeros(3)}, queue_size=5)
 
 
+def test_a_model_that_broke_shows_it_in_the_loss_not_in_the_draw():
+    model = tiny_model(protocol="original", interaction="cls_token")
+    slow = make_slow(model, {}, queue_size=5)
+    with torch.no_grad():
+        model.vision_proj.bias[0] = float("nan")
+    assert torch.isnan(baseline_losses(model, slow, make_inputs(), IDX)["ita"])
+
+
 def test_bagwise_losses_are_the_models():
     model = tiny_model(protocol="original")
     inputs = make_inputs()

@@ -130,6 +130,23 @@ def test_a_resumed_run_is_the_uninterrupted_one(place, run, monkeypatch, interac
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
+def test_an_epoch_that_was_logged_but_not_saved_is_logged_once(place, run, monkeypatch):
+    save = muge.MugeRun._save
+
+    def stop(self, epoch, best):
+        if epoch:
+            raise KeyboardInterrupt
+        save(self, epoch, best)
+
+    monkeypatch.setattr(muge.MugeRun, "_save", stop)
+    assert run("out")[0] == 130
+    monkeypatch.undo()
+    for _ in range(2):
+        assert run("out", "--resume")[0] == 0
+        lines, last = log_of(place.root / "out")
+        assert [line["epoch"] for line in lines] == [0, 1] and last.startswith("best epoch: ")
+
+
 def test_the_model_learns_what_it_is_shown(place, run):
     text = place.config.read_text().replace("epochs: 2", "epochs: 6")
     place.config.write_text(text, encoding="utf-8")

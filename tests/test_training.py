@@ -164,11 +164,13 @@ def test_packing_is_exact():
         "groups": [{"lr": 0.1 + 0.2, "betas": (0.9, 1e-300), "none": None, "big": float("inf")}],
         "text": "红色",
         "flag": True,
+        "dtype": torch.bfloat16,
     }
     tensors = {}
     text = json.dumps(pack(value, tensors), allow_nan=False)
     found = unpack(json.loads(text), tensors)
     assert found["groups"] == value["groups"] and found["text"] == "红色" and found["flag"] is True
+    assert found["dtype"] is torch.bfloat16
     for name, tensor in value["state"][0].items():
         assert torch.equal(found["state"][0][name], tensor)
         assert found["state"][0][name].dtype == tensor.dtype

@@ -93,6 +93,19 @@ def test_defaults_and_a_round_trip(write):
         ("", ["output=null"], "--set output=null: output: name the folder to write to"),
         ("", ["data.train.images=null"], "data.train.images: name the file of training data"),
         ("", ["data.valid.images=a"], "data.valid: give both queries and images"),
+        ("", ["data.train.source=csv"], "data.train.source: expected one of muge, parquet, hugg"),
+        ("", ["data.train.queries=a.parquet"], "data.train.images: a row of parquet holds its pic"),
+        ("", ["data.train.split=x"], "data.train.split: muge has none, only a folder of hugging"),
+        ("", ["data.train.columns.text=x"], "data.train.columns: muge has none, only parquet, hu"),
+        (
+            "",
+            ["data.train.columns.txt=x"],
+            "data.train.columns.txt: .*the nearest known one is 'te",
+        ),
+        ("", ["data.train.queries=[a, b]"], "data.train.queries: muge takes one, got 2"),
+        ("", ["data.train={queries: me/cats}"], "or set data.train.source if me/cats is not MUGE"),
+        ("", ["data.train.queries=[]"], "data.train.queries: name the file of training data"),
+        ("", ["data.train.queries=1"], "data.train.queries: expected text or a list of text or"),
     ],
 )
 def test_mistakes_name_key_and_place(write, text, changes, message):

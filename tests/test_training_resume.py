@@ -26,8 +26,8 @@ def context():
     return found
 
 
-def weights(output):
-    return load_file(output / "last" / "model.safetensors")
+def weights(output, link):
+    return load_file(output / link / "model.safetensors")
 
 
 def test_twenty_kills_change_nothing(place, context, tmp_path):
@@ -64,7 +64,8 @@ def test_twenty_kills_change_nothing(place, context, tmp_path):
     for kind in ("train", "valid"):
         expected = training.read_rows(tmp_path / "whole", kind)
         assert training.read_rows(tmp_path / "killed", kind) == expected
-    ours, theirs = weights(tmp_path / "killed"), weights(tmp_path / "whole")
-    assert ours.keys() == theirs.keys()
-    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    for link in ("last", "best"):
+        ours, theirs = weights(tmp_path / "killed", link), weights(tmp_path / "whole", link)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert len(training.read_rows(tmp_path / "killed", "start")) > KILLS // 4

@@ -79,18 +79,30 @@ def test_pieces_refuse_the_matching_loss():
         cached_losses(step, make_inputs(2), (torch.eye(2).bool(), None), 1, 1.0)
 
 
-def test_parameters_that_no_loss_reaches_are_frozen():
+@pytest.mark.parametrize(
+    "options,changes",
+    [
+        (LossConfig(ita=0, itm=0), {}),
+        (LossConfig(ita=0, twc=0), {}),
+        (LossConfig(ita=0, twc=0), {"hard_negatives": True}),
+        (LossConfig(itm=0), {"fusion": "early"}),
+        (LossConfig(ita=0), {"interaction": "tokenwise", "hard_negatives": True}),
+        (LossConfig(itm=0), {"interaction": "cls_token"}),
+    ],
+)
+def test_parameters_that_no_loss_reaches_are_frozen(options, changes):
     """What is left gets a gradient, all of it but the padding's own row."""
-    model = tiny_model()
-    options = LossConfig(ita=0, itm=0)
+    model = tiny_model(temperature="learn", **changes)
     freeze_unreached(model, active_losses(model, options))
     step = TrainStep(model, options)
     step(make_inputs(4), torch.eye(4).bool())["loss"].backward()
     for name, parameter in model.named_parameters():
         assert (parameter.grad is not None) == parameter.requires_grad, name
-    assert not model.temp.requires_grad and not model.itm_head.weight.requires_grad
+
+
+def test_a_model_without_a_loss_is_refused():
     with pytest.raises(ConfigError, match="every loss"):
-        active_losses(model, LossConfig(twc=0, ita=0, itm=0))
+        active_losses(tiny_model(), LossConfig(twc=0, ita=0, itm=0))
 
 
 def test_which_parameters_decay():
@@ -134,6 +146,7 @@ def test_freezing_by_name_stops_learning_and_dropout():
     "options,message",
     [
         (OptimConfig(name="adamwww"), "timm.optim has no 'adamwww'"),
+        (OptimConfig(name="adahessian"), "'adahessian' needs second derivatives"),
         (OptimConfig(options={"speed": 3}), "does not take {'speed': 3}"),
     ],
 )
@@ -161,6 +174,8 @@ def test_rates_by_update():
     linear = rates(ScheduleConfig(name="linear"), 10, 5)
     assert linear == pytest.approx([1 - n / 10 for n in range(10)])
     assert rates(ScheduleConfig(name="none"), 3, 1) == [1.0] * 3
+    with pytest.raises(ConfigError, match=r"schedule\.warmup: .* none .* constant"):
+        rates(ScheduleConfig(name="none", warmup=3), 20, 5)
     with pytest.raises(ConfigError, match="leave none to learn"):
         rates(ScheduleConfig(warmup=20), 20, 5)
 

@@ -1,9 +1,12 @@
-"""Evaluate a model on queries and pictures in MUGE's format.
+"""Evaluate a model on queries and pictures.
 
     bagformer evaluate MODEL DATA --k-test 256
     bagformer evaluate MODEL DATA --split test --submission predictions.jsonl
     bagformer evaluate MODEL --queries q.jsonl --images i.tsv --directions t2i --json
+    bagformer evaluate MODEL valid.parquet --column text=caption
 
+DATA is a folder in MUGE's layout, a folder that datasets' save_to_disk made, .parquet files, or
+.tar shards of WebDataset (docs/training.md).
 recall ranks by the bags' scores; with --k-test K the matching head re-orders the K best of each:
 rank by its logit, merge by logit + score. t2i is text to image, i2t image to text; per cent.
 """
@@ -30,6 +33,9 @@ from bagformer.cli._common import (
 DIRECTIONS = {"both": "both", "t2i": "text_to_image", "i2t": "image_to_text"}
 KINDS = ("recall", "rank", "merge")
 FORMS = ("muge", "chinese-clip")
+# those of bagformer.data.sources, which --help does not wait for
+SOURCES = ("muge", "parquet", "huggingface", "webdataset")
+FIELDS = ("text", "image", "query_id", "item_id")
 
 
 def _whole(text: str) -> int:
@@ -39,8 +45,17 @@ def _whole(text: str) -> int:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="folder of a model")
-    add("data", type=Path, nargs="?", metavar="DATA", help="folder in MUGE's layout")
-    add("--split", metavar="NAME", help="which files of DATA (default: valid, or the only ones)")
+    add("data", nargs="*", metavar="DATA", help="a folder, .parquet files or .tar shards")
+    add("--split", metavar="NAME", help="which part of DATA (default: valid, or the only one)")
+    add("--source", choices=SOURCES, help="what DATA is (default: by its name and contents)")
+    add(
+        "--column",
+        dest="columns",
+        action="append",
+        default=[],
+        metavar="FIELD=NAME",
+        help="where rows keep text, image, query_id or item_id",
+    )
     add("--queries", type=Path, metavar="FILE", help="jsonl of queries, in place of DATA's")
     add("--images", type=Path, metavar="FILE", help="tsv of pictures, in place of DATA's")
     add(
@@ -100,8 +115,8 @@ def _check(args: argparse.Namespace) -> None:
         if not (args.model / file).is_file():
             hint = "; bagformer convert makes a folder of a .pth" if args.model.is_file() else ""
             raise CommandError(f"{name}: {args.model} is no model folder: it has no {file}{hint}")
-    if args.data is None and (args.queries is None or args.images is None):
-        raise CommandError("give DATA, a folder in MUGE's layout, or both --queries and --images")
+    if not args.data and (args.queries is None or args.images is None):
+        raise CommandError("give DATA, or both --queries and --images")
     if args.submission is not None:
         kind = args.submission_kind or ("merge" if args.k_test else "recall")
         if kind != "recall" and not args.k_test:
@@ -113,18 +128,36 @@ def _check(args: argparse.Namespace) -> None:
         args.submission_kind = kind
 
 
-def _files(args: argparse.Namespace) -> Any:
-    from bagformer.evaluation.sets import SetFiles, find_files
+def _columns(changes: list[str]) -> Any:
+    from bagformer.data.rows import Columns
+
+    found = {}
+    for change in changes:
+        name, sign, value = change.partition("=")
+        if name not in FIELDS or not sign or not value:
+            raise CommandError(f"--column {change}: expected one of {', '.join(FIELDS)}=NAME")
+        found[name] = value
+    return Columns(**found)
+
+
+def _source(args: argparse.Namespace) -> Any:
+    from bagformer.data.sources import Source
+    from bagformer.evaluation.sets import find_set
 
     if args.queries is not None and args.images is not None:
-        files = SetFiles(args.queries, args.images)
+        found = Source("muge", (args.queries,), args.images)
     else:
-        found = find_files(args.data, args.split)
-        files = SetFiles(args.queries or found.queries, args.images or found.images)
-    for name, path in (("--queries", files.queries), ("--images", files.images)):
-        if not path.is_file():
-            raise CommandError(f"{name}: there is no file {path}")
-    return files
+        found = find_set(args.data, args.split, args.source, _columns(args.columns))
+        if found.kind == "muge":
+            queries = args.queries or found.files[0]
+            found = Source("muge", (queries,), args.images or found.images)
+        elif args.queries is not None or args.images is not None:
+            raise CommandError(f"--queries and --images are for muge, and DATA is {found.kind}")
+    if found.kind == "muge":
+        for name, path in (("--queries", found.files[0]), ("--images", found.images)):
+            if path is None or not path.is_file():
+                raise CommandError(f"{name}: there is no file {path}")
+    return found
 
 
 def evaluate(args: argparse.Namespace) -> dict[str, Any]:
@@ -137,8 +170,8 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     from bagformer.evaluation.submission import write_submission
 
     device = choose_device(args.device)
-    files = _files(args)
-    dataset = read_set(files, on_error="skip" if args.skip_errors else "raise")
+    source = _source(args)
+    dataset = read_set(source, on_error="skip" if args.skip_errors else "raise")
     model, processor = load_model(args.model), load_processor(args.model)
     own = model.config.protocol
     if args.dictionary is not None and args.protocol in ("auto", own):
@@ -159,8 +192,9 @@ def evaluate(args: argparse.Namespace) -> dict[str, Any]:
     )
     result = {
         "model": str(args.model),
-        "queries": str(files.queries),
-        "images": str(files.images),
+        "source": source.kind,
+        "queries": ", ".join(map(str, source.files)),
+        "images": None if source.images is None else str(source.images),
         **report.to_dict(),
         "model_protocol": own,
         "skipped": dict(dataset.skipped),

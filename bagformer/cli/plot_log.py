@@ -43,7 +43,9 @@ def read_log(path: Path) -> dict[str, list[dict[str, Any]]]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            kind, _ = row["kind"], int(row["step"])
+            kind = row["kind"]
+            if not isinstance(kind, str) or type(row["step"]) is not int:
+                raise ValueError("kind must be text, step a whole number")
         except (ValueError, KeyError, TypeError) as error:
             if number == len(lines):
                 break  # a run that is still writing, or was killed

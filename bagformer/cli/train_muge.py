@@ -83,11 +83,11 @@ def _load(args: argparse.Namespace, config: dict[str, Any], *splits: str) -> Any
 def train(args: argparse.Namespace, config: dict[str, Any]) -> dict[str, Any]:
     """Train by the original's recipe; gives what ``--json`` prints."""
     from bagformer.cli.evaluate import choose_device
-    from bagformer.training.checkpoint import LAST, Checkpoints
+    from bagformer.training.checkpoint import Checkpoints
     from bagformer.training.muge import MugeRun
 
     device = choose_device(args.device)
-    if not args.resume and Checkpoints(args.output_dir, keep=1).path(LAST) is not None:
+    if not args.resume and Checkpoints(args.output_dir, keep=1).newest() is not None:
         raise CommandError(
             f"--output_dir: {args.output_dir} holds a training already: go on with it by --resume, "
             "or give another folder"

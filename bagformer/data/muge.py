@@ -8,7 +8,6 @@ never a silent one.
 
 from __future__ import annotations
 
-import json
 import os
 from array import array
 from collections import Counter
@@ -25,8 +24,11 @@ from bagformer.data.records import (
     ErrorSink,
     MugeError,
     decode_base64,
+    has_surrogate,
+    is_id,
     lines,
     parse_id,
+    read_json,
     shorten,
     write_jsonl,
     write_tsv,
@@ -235,7 +237,7 @@ class MugeImages(Mapping[Any, Image.Image]):
         return self.skipped
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Query:
     """One row of a query file; ``item_ids`` is empty where the file gives none (a test split)."""
 
@@ -259,53 +261,27 @@ class Queries(Sequence[Query]):
         return self._rows[index]
 
 
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    row = dict(pairs)
-    if len(row) != len(pairs):
-        repeated = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
-        raise ValueError(f"key {repeated!r} occurs twice")
-    return row
-
-
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
-
-
-def _is_id(value: Any) -> bool:
-    if isinstance(value, bool):
-        return False
-    if isinstance(value, str):
-        return bool(value.strip()) and not _has_surrogate(value)
-    return isinstance(value, int)
-
-
-def _has_surrogate(text: str) -> bool:
-    return any("\ud800" <= character <= "\udfff" for character in text)
-
-
 def _parse_query(path: Path, number: int, body: bytes) -> Query:
     def fail(field: str, reason: str, problem: str) -> MugeError:
         return MugeError(path, number, field, reason, problem)
 
     try:
-        row = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse)
+        row = read_json(body)
     except UnicodeDecodeError as error:
         raise fail("line", "bad encoding", f"invalid UTF-8: {error}") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise fail("line", "bad json", f"not a JSON object: {error}") from error
-    if not isinstance(row, dict):
-        raise fail("line", "bad json", f"expected a JSON object, got {shorten(row)}")
     for field in ("query_id", "query_text"):
         if field not in row:
             raise fail(field, "missing field", f"missing; the line has {shorten(sorted(row))}")
     key, text, items = row["query_id"], row["query_text"], row.get("item_ids", [])
-    if not _is_id(key):
+    if not is_id(key):
         raise fail("query_id", "bad id", f"expected an int or a string, got {shorten(key)}")
     if not isinstance(text, str) or not text.strip():
         raise fail("query_text", "bad text", f"expected a text, got {shorten(text)}")
-    if _has_surrogate(text):
+    if has_surrogate(text):
         raise fail("query_text", "bad text", f"lone surrogate in {shorten(text)}")
-    if not isinstance(items, list) or not all(map(_is_id, items)):
+    if not isinstance(items, list) or not all(map(is_id, items)):
         problem = f"expected a list of ints or strings, got {shorten(items)}"
         raise fail("item_ids", "bad item ids", problem)
     if len(set(items)) != len(items):

@@ -22,11 +22,17 @@ _STANDARD = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789"
 _URLSAFE_TO_STANDARD = bytes.maketrans(b"-_", b"+/")
 
 
-class MugeError(ValueError):
+class RecordError(ValueError):
+    """A record that does not hold what it should; ``reason``, a short word, is the key of the
+    counts of skipped records."""
+
+    reason: str
+
+
+class MugeError(RecordError):
     """A line of a file that does not hold what it should.
 
-    ``path``, ``line`` (from 1), ``field`` and ``reason`` (a short word, the key of the counts of
-    skipped lines) are attributes.
+    ``path``, ``line`` (from 1), ``field`` and ``reason`` are attributes.
     """
 
     def __init__(self, path: Any, line: int, field: str, reason: str, problem: str) -> None:
@@ -38,6 +44,22 @@ class MugeError(ValueError):
         return f"{self.path}:{self.line}: {self.field}: {self.problem}"
 
 
+class RowError(RecordError):
+    """A row of a table or a sample of a shard that does not hold what it should.
+
+    ``path``, ``place`` ("row 3", counted from 0, or "sample 000003"), ``field`` and ``reason`` are
+    attributes.
+    """
+
+    def __init__(self, path: Any, place: str, field: str, reason: str, problem: str) -> None:
+        super().__init__(path, place, field, reason, problem)
+        self.path, self.place, self.field = str(path), place, field
+        self.reason, self.problem = reason, problem
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.place}: {self.field}: {self.problem}"
+
+
 class ErrorSink:
     """Raises what it is given, or counts it by reason."""
 
@@ -47,7 +69,7 @@ class ErrorSink:
         self.on_error = on_error
         self.skipped: Counter[str] = Counter()
 
-    def report(self, error: MugeError) -> None:
+    def report(self, error: RecordError) -> None:
         if self.on_error == "raise":
             raise error
         self.skipped[error.reason] += 1
@@ -137,6 +159,46 @@ def parse_id(raw: bytes) -> int | str:
     return text
 
 
+def has_surrogate(text: str) -> bool:
+    """Whether half a character is in it, which UTF-8 cannot hold."""
+    return any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def is_id(value: Any) -> bool:
+    """Whether it is an int or a text that is not blank."""
+    if isinstance(value, bool):
+        return False
+    if isinstance(value, str):
+        return bool(value.strip()) and not has_surrogate(value)
+    return isinstance(value, int)
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    row = dict(pairs)
+    if len(row) != len(pairs):
+        repeated = next(key for key, count in Counter(k for k, _ in pairs).items() if count > 1)
+        raise ValueError(f"key {repeated!r} occurs twice")
+    return row
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
+
+
+def read_json(body: bytes) -> dict[str, Any]:
+    """The JSON object in UTF-8. Raises ValueError, and UnicodeDecodeError, which is one.
+
+    NaN, and a key that occurs twice, are refused.
+    """
+    try:
+        row = json.loads(body.decode("utf-8"), object_pairs_hook=_object, parse_constant=_refuse)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+    if not isinstance(row, dict):
+        raise ValueError(f"got {shorten(row)}")
+    return row
+
+
 def write_tsv(
     path: str | os.PathLike[str], pictures: Iterable[tuple[int | str, bytes]], urlsafe: bool = True
 ) -> int:
@@ -188,9 +250,14 @@ __all__ = [
     "ErrorSink",
     "ImageError",
     "MugeError",
+    "RecordError",
+    "RowError",
     "decode_base64",
+    "has_surrogate",
+    "is_id",
     "lines",
     "parse_id",
+    "read_json",
     "shorten",
     "write_jsonl",
     "write_tsv",

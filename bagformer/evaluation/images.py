@@ -102,6 +102,8 @@ def encode_chunks(
         num_workers=num_workers,
         collate_fn=_stack,
         pin_memory=weight.is_cuda,
+        # of its own, or making it would draw from the caller's random numbers
+        generator=torch.Generator(),
     )
     start = 0
     for pixels in loader:
@@ -137,7 +139,16 @@ class TokenStore:
         return tokens.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tokens
 
     def put(self, start: int, embeds: Tensor) -> None:
-        """Keep ``embeds [c, P, W]`` as the images from ``start`` on."""
+        """Keep ``embeds [c, P, W]`` as the images from ``start`` on.
+
+        Raises ValueError if ``dtype`` has no room for them.
+        """
+        if bool((embeds.abs() > torch.finfo(self.dtype).max).any()):
+            name = str(self.dtype).removeprefix("torch.")
+            raise ValueError(
+                f"store_dtype: image tokens of up to {embeds.abs().max().item():.3g} are beyond "
+                f"{name}: take bfloat16 or float32"
+            )
         if self._tokens is None:
             self._tokens = self._make([self.n_images, *embeds.shape[1:]])
         self._tokens[start : start + len(embeds)] = embeds.to("cpu", self.dtype)

@@ -270,6 +270,18 @@ def _report(job: _Job, ranks: dict[str, dict[str, Tensor]], rankings: dict[str, 
     return Report(protocol, metrics, counts, job.k_test, rankings, job.data.queries, job.data.ids)
 
 
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode, and then for each part the mode that it had."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 @torch.inference_mode()
 def evaluate(
     model: Any,
@@ -293,7 +305,7 @@ def evaluate(
         processor: its :class:`bagformer.BagFormerProcessor`.
         dataset: with ``queries``, a sequence of rows with ``query_id``, ``text`` and ``item_ids``
             (empty where not known), and ``images``, a mapping from item id to picture whose order
-            numbers them: a :class:`bagformer.data.muge.MugeDataset`.
+            numbers them: a :class:`bagformer.data.rows.Pairs`.
         batch_size: texts, and pictures, at once. Under ``original`` it changes the bags.
         num_workers: processes that read pictures; 0 reads in this one.
         k_test: how many candidates of each row the matching head re-orders (``rank``: by its logit,
@@ -307,7 +319,7 @@ def evaluate(
     Raises:
         ValueError: no queries or images, an item that is not there, ``k_test`` larger than the set
             or without a matching head, a score that is NaN, an unknown option.
-        MugeError: a picture that cannot be read, with file and line.
+        RecordError: a picture that cannot be read, with file and line or row.
     """
     wanted = tuple(DIRECTIONS) if directions == "both" else (directions,)
     if not set(wanted) <= set(DIRECTIONS):
@@ -322,12 +334,8 @@ def evaluate(
     data = _read(dataset)
     _check_k(model, data, wanted, k_test)
     job = _Job(model, data, wanted, k_test, progress)
-    training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         found = _run(job, processor, batch_size, num_workers, store_dtype, spill)
-    finally:
-        model.train(training)
     return _report(job, *found)
 
 

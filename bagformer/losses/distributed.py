@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from bagformer.losses.collectives import (
     GatherRows,
@@ -26,10 +27,10 @@ from bagformer.losses.collectives import (
     pad_to,
     sum_over,
 )
-from bagformer.losses.layout import Layout, Sides, Targets, exchange
-from bagformer.losses.objectives import logistic_sum
+from bagformer.losses.layout import Choice, Layout, Sides, Targets, exchange, need_processes
+from bagformer.losses.objectives import OBJECTIVES, logistic_sum
 from bagformer.ops.maxsim import maxsim
-from bagformer.reference import accumulation_dtype
+from bagformer.reference import DIRECTIONS, MASK_MODES, REDUCTIONS, accumulation_dtype
 
 GATHERS = ("none", "local", "ring")
 
@@ -175,6 +176,7 @@ class _Ring(torch.autograd.Function):
         return totals.value()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         text, image, temperature, bias = ctx.saved_tensors
         masks, totals = ctx.plan
@@ -259,6 +261,24 @@ def _local(sides: Sides, temperature: Any, bias: Any, totals: Totals) -> Tensor:
     )
 
 
+def _options(
+    sides: Sides, rule: Rule, gather: str, temperature: Any, bias: Tensor | None
+) -> list[Choice]:
+    """What decides which collectives run, in the forward and in the backward."""
+    found = [
+        Choice("gather", gather, GATHERS),
+        Choice("directions", rule.directions, DIRECTIONS),
+        Choice("mask_mode", rule.mask_mode, MASK_MODES),
+        Choice("reduction", rule.reduction, REDUCTIONS),
+        Choice("objective", rule.objective, OBJECTIVES),
+    ]
+    for name, value in (("text", sides.text), ("temperature", temperature), ("bias", bias)):
+        wanted = torch.is_grad_enabled() and getattr(value, "requires_grad", False)
+        choices = "not wanted", "wanted"
+        found.append(Choice(f"gradient of the {name}", choices[bool(wanted)], choices))
+    return found
+
+
 def gathered_loss(
     sides: Sides,
     rule: Rule,
@@ -277,13 +297,9 @@ def gathered_loss(
         RuntimeError: torch.distributed is not initialised; another process refused its arguments.
         TypeError, ValueError: this process's arguments.
     """
-    if not (dist.is_available() and dist.is_initialized()):
-        raise RuntimeError(
-            f"gather={gather!r} needs torch.distributed: start with torchrun and call "
-            "torch.distributed.init_process_group first, or use gather='none'"
-        )
+    need_processes(gather)
     group = dist.group.WORLD if process_group is None else process_group
-    sides, layout = exchange(sides, group)
+    sides, layout = exchange(sides, group, _options(sides, rule, gather, temperature, bias))
     if layout.masked and sides.text_mask is None:
         every = torch.ones(sides.text.shape[:2], dtype=torch.bool, device=sides.text.device)
         sides = sides._replace(text_mask=every)

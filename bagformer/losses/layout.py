@@ -84,37 +84,79 @@ def _wire(group: Any) -> torch.device:
     return torch.device("cpu")
 
 
-def exchange(sides: Sides, group: Any) -> tuple[Sides, Layout]:
-    """Check the arguments of all processes together.
+def refuse_together(refusal: Exception | None, group: Any) -> None:
+    """Raise ``refusal`` where there is one, and RuntimeError that names it in all other processes.
+
+    So that none is left waiting for one that has given up. All processes must call it.
+    """
+    world = dist.get_world_size(group)
+    wire = torch.tensor([0 if refusal is None else 1], device=_wire(group))
+    refused = gather_equal(wire, world, group).flatten().tolist()
+    if refusal is not None:
+        raise refusal
+    if any(refused):
+        raise RuntimeError(f"process {refused.index(1)} refused its arguments to the loss")
+
+
+class Choice(NamedTuple):
+    """What the processes must agree on: the name, this one's value, and the values there are."""
+
+    name: str
+    value: Any
+    among: tuple
+
+
+def _said(sides: Sides, options: list[Choice]) -> list[Choice]:
+    """All that must be the same in every process."""
+    given = [
+        name for name in ("positives", "text_ids", "image_ids") if getattr(sides, name) is not None
+    ]
+    labels = " and ".join(given) or "none"
+    kinds = ("none", "positives", "text_ids", "image_ids", "text_ids and image_ids")
+    return [
+        Choice("dtype", sides.text.dtype, FLOATS),
+        Choice("kind of labels", labels, kinds),
+        *options,
+    ]
+
+
+def exchange(sides: Sides, group: Any, options: list[Choice]) -> tuple[Sides, Layout]:
+    """Check the arguments of all processes together; ``options`` as well must be equal.
 
     A process that refuses its own raises as it would alone; the others raise RuntimeError that
     names it, so that none is left waiting.
     """
     rank, world = dist.get_rank(group), dist.get_world_size(group)
     refusal: Exception | None = None
-    numbers = [REFUSED] * 8
+    said: list[Choice] = []
+    numbers = [REFUSED] * (7 + len(options))
     try:
         sides = _checked(sides)
-        said = [x is not None for x in sides[3:]]
-        says = sum(2**place for place, given in enumerate(said[1:]))
+        said = _said(sides, options)
         numbers = [len(sides.text), len(sides.image), sides.text.shape[1], sides.text.shape[2]]
-        numbers += [FLOATS.index(sides.text.dtype), int(sides.text_mask is not None), says, 0]
+        numbers.append(int(sides.text_mask is not None))
+        numbers += [choice.among.index(choice.value) for choice in said]
     except (TypeError, ValueError) as error:
         refusal = error
     wire = torch.tensor([numbers], device=_wire(group))
     table = gather_equal(wire, world, group).flatten(0, 1).tolist()
     if refusal is not None:
         raise refusal
-    texts, images, bags, depth, dtype, masks, says_all, _ = map(list, zip(*table, strict=True))
+    texts, images, bags, depth, masks, *codes = map(list, zip(*table, strict=True))
     if REFUSED in texts:
         raise RuntimeError(f"process {texts.index(REFUSED)} refused its arguments to the loss")
-    for name, found in (("feature size", depth), ("dtype", dtype), ("kind of labels", says_all)):
-        if len(set(found)) > 1:
-            raise ValueError(f"text: every process must bring the same {name}, got {found}")
+    _check_alike("feature size", depth)
+    for choice, found in zip(said, codes, strict=True):
+        _check_alike(choice.name, [choice.among[code] for code in found])
     masked = any(masks) or len(set(bags)) > 1
     layout = Layout(rank, world, group, texts, images, max(bags), masked)
     _check_width(sides, layout)
     return sides, layout
+
+
+def _check_alike(name: str, found: list) -> None:
+    if len(set(found)) > 1:
+        raise ValueError(f"every process must bring the same {name}, got {found}")
 
 
 def _check_width(sides: Sides, layout: Layout) -> None:
@@ -125,21 +167,24 @@ def _check_width(sides: Sides, layout: Layout) -> None:
         check_positives_shape(sides.positives, (len(sides.text), sum(layout.images)))
     except (TypeError, ValueError) as error:
         refusal = error
-    wire = torch.tensor([0 if refusal is None else 1], device=_wire(layout.group))
-    refused = gather_equal(wire, layout.world, layout.group).flatten().tolist()
-    if refusal is not None:
-        raise refusal
-    if any(refused):
-        raise RuntimeError(f"process {refused.index(1)} refused its arguments to the loss")
+    refuse_together(refusal, layout.group)
 
 
-def own_columns(positives: Tensor, images: int, group: Any) -> Tensor:
-    """The columns of this process's ``images`` in ``positives [Nt, images of all processes]``."""
+def need_processes(gather: str) -> None:
+    """Raise RuntimeError unless torch.distributed is initialised."""
+    if not (dist.is_available() and dist.is_initialized()):
+        raise RuntimeError(
+            f"gather={gather!r} needs torch.distributed: start with torchrun and call "
+            "torch.distributed.init_process_group first, or use gather='none'"
+        )
+
+
+def own_columns(images: int, group: Any) -> tuple[int, slice]:
+    """The number of images of all processes, and where this process's ``images`` lie in it."""
+    world, rank = dist.get_world_size(group), dist.get_rank(group)
     wire = torch.tensor([images], device=_wire(group))
-    counts = gather_equal(wire, dist.get_world_size(group), group).flatten().tolist()
-    check_positives_shape(positives, (len(positives), sum(counts)))
-    start = sum(counts[: dist.get_rank(group)])
-    return positives[:, start : start + images]
+    counts = gather_equal(wire, world, group).flatten().tolist()
+    return sum(counts), slice(sum(counts[:rank]), sum(counts[: rank + 1]))
 
 
 class Targets:

@@ -47,8 +47,10 @@ def draw_negatives(positives: Tensor, similarity: Tensor | None = None) -> Negat
     def weights(allowed: Tensor, scores: Tensor | None) -> Tensor:
         if scores is None:
             return allowed.float()
+        # NaN is for the loss to show: a draw by it would only fail
+        shares = scores.detach().float().softmax(dim=1).nan_to_num()
         # the small constant keeps a row whose mass lies on positives drawable
-        return (scores.detach().float().softmax(dim=1) + 1e-4) * allowed
+        return (shares + 1e-4) * allowed
 
     allowed = ~positives
     text_rows = allowed.any(dim=1).nonzero().flatten()

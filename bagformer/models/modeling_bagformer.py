@@ -295,7 +295,8 @@ class BagFormerForRetrieval(BagFormerModel):
         if self.config.protocol == "corrected" or self.config.interaction == "bagwise":
             with torch.no_grad():
                 self.temp.clamp_(*CLS_TEMPERATURE_RANGE)
-        return self.temp
+        # a copy, as the next call writes to what this one would have saved for its backward
+        return self.temp.clone()
 
     def match_pairs(self, text_embeds: Tensor, text_attention_mask: Tensor, image_embeds: Tensor):
         """Matching logits ``[B, 2]`` of text b with image b, column 1 = match, for re-ranking.

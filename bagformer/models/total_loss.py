@@ -16,7 +16,8 @@ from bagformer.losses import (
     positives_from_ids,
 )
 from bagformer.losses.distributed import Rule
-from bagformer.losses.layout import Sides, own_columns
+from bagformer.losses.layout import Sides, need_processes, own_columns, refuse_together
+from bagformer.losses.objectives import check_ids, check_positives_shape
 from bagformer.models.fusion import draw_negatives, given_negatives, match
 from bagformer.reference import accumulation_dtype
 
@@ -58,8 +59,6 @@ def add_losses(
     A loss of weight 0, or one that the model has no part for, stays None.
     """
     batch, images = output.text_to_image.shape
-    if batch != images:
-        raise ValueError(f"the losses need as many texts as images, got {batch} and {images}")
     wanted = check_weights(weights)
     if model.twc_loss is None:
         wanted.pop("twc", None)
@@ -67,16 +66,12 @@ def add_losses(
         wanted.pop("itm", None)
     if not wanted:
         raise ValueError(f"loss_weights leave nothing that this model computes, got {weights}")
-    positives = _positives_here(model, labels, batch)
+    positives = _positives_here(model, labels, (batch, images), "itm" in wanted)
     if "twc" in wanted:
         output.loss_twc = _late_interaction(model, output, labels, positives)
-    elif positives is not None and model.loss_gather == "none" and not _compiling():
-        check_positives(positives, (batch, batch))
     logits: Any = None
     if "ita" in wanted or model.config.hard_negatives:
-        similarity = output.text_cls @ output.image_cls.t()
-        wide = similarity.to(accumulation_dtype(similarity.dtype))
-        logits = wide / model.cls_temperature()
+        logits = _similarity(output.text_cls, output.image_cls) / model.cls_temperature()
     if "ita" in wanted:
         output.loss_ita = _cls_tokens(model, output, labels, positives, logits)
     if "itm" in wanted:
@@ -88,20 +83,63 @@ def add_losses(
     output.loss = sum(weighted[1:], weighted[0])
 
 
+def _similarity(text_cls: Tensor, image_cls: Tensor) -> Tensor:
+    """Inner products ``[B, B]`` in at least float32, under autocast too."""
+    wide = accumulation_dtype(text_cls.dtype)
+    with torch.autocast(text_cls.device.type, enabled=False):
+        return text_cls.to(wide) @ image_cls.to(wide).t()
+
+
 def _compiling() -> bool:
     return torch.compiler.is_compiling()
 
 
-def _positives_here(model: Any, labels: Labels, batch: int) -> Tensor | None:
+def _positives_here(
+    model: Any, labels: Labels, sizes: tuple[int, int], matching: bool
+) -> Tensor | None:
     """``[B, B]`` of this process's own pairs, or None for the diagonal."""
+    batch, images = sizes
+    if model.loss_gather == "none":
+        return _checked(labels, batch, images, slice(0, images), images, matching)
+    need_processes(model.loss_gather)
+    refusal: Exception | None = None
+    found: Tensor | None = None
+    width, own = own_columns(images, model.loss_group)
+    try:
+        found = _checked(labels, batch, images, own, width, matching)
+    except (TypeError, ValueError) as error:
+        refusal = error
+    # or the others would wait in the losses for the one that gave up here
+    refuse_together(refusal, model.loss_group)
+    return found
+
+
+def _checked(
+    labels: Labels, batch: int, images: int, own: slice, width: int, matching: bool
+) -> Tensor | None:
+    """``positives [B, images]``: the columns ``own`` of the ``width`` that the labels have, or
+    None where there are no labels."""
+    if batch != images:
+        raise ValueError(f"the losses need as many texts as images, got {batch} and {images}")
     positives, *ids = labels
     if any(one is not None for one in ids):
         if positives is not None:
             raise ValueError("give positives or text_ids and image_ids, not both")
+        for name, one in zip(("text_ids", "image_ids"), ids, strict=True):
+            check_ids(name, one, batch, images)
         return positives_from_ids(*ids)
-    if positives is None or model.loss_gather == "none":
-        return positives
-    return own_columns(positives, batch, model.loss_group)
+    if positives is None:
+        return None
+    check = check_positives_shape if _compiling() or width > images else check_positives
+    check(positives, (batch, width))
+    positives = positives[:, own]
+    if matching and not _compiling() and not bool(positives.diagonal().all()):
+        row = int((~positives.diagonal()).nonzero()[0])
+        raise ValueError(
+            f"loss_itm takes text b and image b for a match, but positives[{row}, "
+            f"{own.start + row}] is False; order the pairs so, or leave itm out of loss_weights"
+        )
+    return positives
 
 
 def _late_interaction(model: Any, output: Any, labels: Labels, positives: Tensor | None) -> Tensor:

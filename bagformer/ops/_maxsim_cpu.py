@@ -21,15 +21,18 @@ def forward(
     options: Options,
     outputs: tuple[Tensor, Tensor, Tensor, Tensor],
     image_scales: Tensor | None = None,
+    text_scales: Tensor | None = None,
 ) -> None:
     """Fill ``outputs``; one that is empty is not wanted, and not computed.
 
     ``image_scales``: of int8 and float8 images, which then need not have the text's dtype.
+    ``text_scales``: of int8 texts, which take int8 images.
     """
     wanted = [_native.view(output) if output.numel() else None for output in outputs]
     _native.load().maxsim_forward(
         _native.view(text),
         _native.view(image),
+        _native.optional_view(text_scales),
         _native.optional_view(image_scales),
         _native.optional_view(text_mask),
         _native.optional_view(image_mask),

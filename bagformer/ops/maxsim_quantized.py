@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from bagformer import reference
-from bagformer.ops import _maxsim_cpu, _maxsim_ops, _maxsim_quantized_triton, _maxsim_torch
+from bagformer.ops import (
+    _maxsim_cpu,
+    _maxsim_int8,
+    _maxsim_ops,
+    _maxsim_quantized_triton,
+    _maxsim_torch,
+)
 from bagformer.ops._checks import check_choice, check_features, check_flag, check_mask
 from bagformer.ops._library import define, dims, wants_grad
 from bagformer.ops._maxsim_torch import Options, widen_argmax
@@ -27,7 +33,7 @@ _ARGUMENTS = (
 
 
 def maxsim_quantized(
-    text: Tensor,
+    text: Tensor | QuantizedFeatures,
     image: QuantizedFeatures,
     *,
     text_mask: Tensor | None = None,
@@ -38,15 +44,21 @@ def maxsim_quantized(
     return_argmax: bool = False,
     backend: str = "auto",
 ) -> MaxSimScores:
-    """:func:`maxsim` on images that ``quantize_features`` stored.
+    """:func:`maxsim` on images, or texts and images, that ``quantize_features`` stored.
 
     The scores are those of ``maxsim(text, image.dequantize())`` without the dequantized copy. What
     is stored is multiplied as it is, exactly; a patch's scale is applied to its similarities.
     The only error beside that of ``maxsim`` is the one of storing.
 
+    With a text in int8, sums over ``D`` are exact integers, and a similarity is
+    ``float32(sum) * (text_scale * image_scale)``: the same bits on every backend and processor.
+
     Args:
         text: ``[Nt, N, D]``, float32, bfloat16, float16 or float64; or jagged ``[Nt, j, D]``.
-            Products run in this dtype, as in ``maxsim`` at ``precision="fp32"``.
+            Products run in this dtype, as in ``maxsim`` at ``precision="fp32"``. Or
+            ``QuantizedFeatures`` in int8, for images in int8, with ``D`` at most 131,071: the
+            C++ kernels multiply them as they are (VNNI where there is). There is no Triton kernel
+            for these: CUDA tensors run in plain PyTorch, and ``backend="triton"`` is an error.
         image: features ``[Ni, P, D]`` for all pairs, ``[Nt, K, P, D]`` for K candidates of each
             text, on the device of ``text``.
         text_mask, image_mask, mask_mode, directions, reduction, return_argmax, backend: as in
@@ -69,28 +81,29 @@ def maxsim_quantized(
     check_options(mask_mode, reduction, "fp32", backend)
     check_choice("directions", directions, DIRECTIONS)
     check_flag("return_argmax", return_argmax)
-    text, text_mask = pad_nested("text", text, "text_mask", text_mask)
-    check_features("text", text, ("[Nt, N, D]",))
-    _check_image(text, image)
-    check_mask("text_mask", text_mask, "text", text)
-    check_mask("image_mask", image_mask, "image", image.values)
-    if wants_grad(text):
-        raise RuntimeError(
-            "maxsim_quantized gives no gradient, but text requires one: call it under "
-            "torch.no_grad(), or train with maxsim"
+    settings = mask_mode, directions, reduction, return_argmax, backend
+    if isinstance(text, QuantizedFeatures):
+        _check_text(text.values)
+        _check_image(text.values, image)
+        _check_int8(text, image)
+        stored = text.values, image.values, text.scales, image.scales
+        _check_masks(text.values, image, text_mask, image_mask)
+        found = torch.ops.bagformer.maxsim_int8(*stored, text_mask, image_mask, *settings)
+    else:
+        text, text_mask = pad_nested("text", text, "text_mask", text_mask)
+        check_features("text", text, ("[Nt, N, D]",))
+        _check_image(text, image)
+        _check_masks(text, image, text_mask, image_mask)
+        if wants_grad(text):
+            raise RuntimeError(
+                "maxsim_quantized gives no gradient, but text requires one: call it under "
+                "torch.no_grad(), or train with maxsim"
+            )
+        masks = text_mask, image_mask
+        found = torch.ops.bagformer.maxsim_quantized(
+            text, image.values, image.scales, *masks, *settings
         )
-    t2i, i2t, text_argmax, image_argmax = torch.ops.bagformer.maxsim_quantized(
-        text,
-        image.values,
-        image.scales,
-        text_mask,
-        image_mask,
-        mask_mode,
-        directions,
-        reduction,
-        return_argmax,
-        backend,
-    )
+    t2i, i2t, text_argmax, image_argmax = found
     wants_text, wants_image = directions != "image_to_text", directions != "text_to_image"
     return MaxSimScores(
         t2i if wants_text else None,
@@ -120,6 +133,32 @@ def _check_image(text: Tensor, image: Any) -> None:
         raise ValueError(
             f"image [Nt, K, P, D] must have Nt = {text.shape[0]} as text, got {dims(shape)}"
         )
+
+
+def _check_masks(
+    text: Tensor, image: QuantizedFeatures, text_mask: Tensor | None, image_mask: Tensor | None
+) -> None:
+    check_mask("text_mask", text_mask, "text", text)
+    check_mask("image_mask", image_mask, "image", image.values)
+
+
+def _check_text(values: Tensor) -> None:
+    if values.dim() != 3:
+        raise ValueError(f"text must have shape [Nt, N, D], got {dims(values.shape)}")
+    if values.shape[-1] > _maxsim_int8.MAX_FEATURES:
+        raise ValueError(
+            f"text in int8 must have at most {_maxsim_int8.MAX_FEATURES:,} features D, so that "
+            f"sums fit in 32 bits, got {values.shape[-1]:,}"
+        )
+
+
+def _check_int8(text: QuantizedFeatures, image: QuantizedFeatures) -> None:
+    for name, side in (("text", text), ("image", image)):
+        if side.values.dtype != torch.int8:
+            raise TypeError(
+                f"{name} must be stored as int8 where text is quantized, got {side.values.dtype}; "
+                "pass text.dequantize() to score fp8"
+            )
 
 
 def _run(

@@ -1,4 +1,4 @@
-"""Image features in eight bits with one scale for each patch."""
+"""Features in eight bits with one scale for each token."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class QuantizedFeatures:
     """Eight-bit features: ``values * scales[..., None]`` is about what was stored.
 
     Attributes:
-        values: ``[..., P, D]``, int8 or float8_e4m3fn.
-        scales: ``[..., P]``, float32, on the same device. NaN marks a patch that held NaN or Inf.
+        values: ``[..., P, D]``, int8 or float8_e4m3fn; of a text ``[Nt, N, D]``.
+        scales: ``[..., P]``, float32, on the same device. NaN marks a token that held NaN or Inf.
 
     Raises:
         TypeError: not a tensor, or another dtype.
@@ -94,20 +94,20 @@ class QuantizedFeatures:
         return reference.dequantize_features(self.values, self.scales, dtype)
 
 
-def quantize_features(image: Tensor, dtype: str = "int8") -> QuantizedFeatures:
-    """Store image features in eight bits, each patch with a scale of its own.
+def quantize_features(features: Tensor, dtype: str = "int8") -> QuantizedFeatures:
+    """Store features in eight bits, each token (patch of an image, bag of a text) with a scale.
 
-    Symmetric: a patch's scale is its largest magnitude over 127 (int8) or 448 (fp8_e4m3), values
-    are rounded to the nearest. A patch of zeros has scale 0. One with a NaN or Inf has scale NaN,
+    Symmetric: a token's scale is its largest magnitude over 127 (int8) or 448 (fp8_e4m3), values
+    are rounded to the nearest. A token of zeros has scale 0. One with a NaN or Inf has scale NaN,
     so that its scores are NaN, as those of :func:`maxsim` are for NaN. No gradient passes.
 
     Args:
-        image: ``[..., P, D]`` in float32, bfloat16, float16 or float64, ``[Ni, P, D]`` or
-            ``[Nt, K, P, D]`` for :func:`maxsim_quantized`.
+        features: float32, bfloat16, float16 or float64: for :func:`maxsim_quantized` images
+            ``[Ni, P, D]`` or ``[Nt, K, P, D]``, or texts ``[Nt, N, D]``, these as int8.
         dtype: ``"int8"`` or ``"fp8_e4m3"``. docs/maxsim.md has the accuracy of both.
 
     Raises:
-        TypeError: ``image`` is not a dense tensor of floats.
+        TypeError: ``features`` is not a dense tensor of floats.
         ValueError: it has not three or four axes, or ``dtype`` is unknown.
 
     Example:
@@ -116,5 +116,5 @@ def quantize_features(image: Tensor, dtype: str = "int8") -> QuantizedFeatures:
         [[[64, -127], [0, 0]]]
     """
     check_choice("dtype", dtype, tuple(QUANTIZED_DTYPES))
-    check_features("image", image, ("[Ni, P, D]", "[Nt, K, P, D]"))
-    return QuantizedFeatures(*reference.quantize_features(image, dtype))
+    check_features("features", features, ("[Ni, P, D]", "[Nt, K, P, D]"))
+    return QuantizedFeatures(*reference.quantize_features(features, dtype))

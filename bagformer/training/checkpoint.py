@@ -12,7 +12,8 @@ import errno
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,39 @@ class Checkpoints:
         target = self.output / link
         return target.resolve() if (target / STATE).is_file() else None
 
+    def newest(self) -> Path | None:
+        """The folder that ``last`` stands for, None where there never was one.
+
+        Raises CheckpointError if there was: a run must not begin anew over one that is damaged.
+        """
+        found, link = self.path(LAST), self.output / LAST
+        if found is None and os.path.lexists(link):
+            raise self.unreadable(link.resolve(), f"it has no {STATE}")
+        return found
+
+    @contextmanager
+    def reading(self, folder: Path | None) -> Iterator[None]:
+        """What goes wrong inside is a CheckpointError about ``folder``, if there is one."""
+        try:
+            yield
+        except Exception as error:
+            if folder is None:
+                raise
+            raise self.unreadable(folder, f"{type(error).__name__}: {error}") from error
+
+    def unreadable(self, folder: Path, why: str) -> CheckpointError:
+        """The error about a damaged checkpoint, with what can be done."""
+        others = [path for path in self._steps() if (path / STATE).is_file()]
+        others = [path for path in others if path.resolve() != folder]
+        hint = f"there is no other one in {self.folder}; start a new run in another folder"
+        if others:
+            relative = Path(FOLDER) / others[-1].name
+            hint = f"to go on from the one before: ln -sfn {relative} {self.output / LAST}"
+        return CheckpointError(f"the checkpoint {folder} cannot be read, {why}; {hint}")
+
+    def _steps(self) -> list[Path]:
+        return sorted(path for path in self.folder.glob("step-*") if path.is_dir())
+
     def clean(self) -> None:
         """Remove what a killed run left half written."""
         if self.folder.is_dir():
@@ -119,22 +153,33 @@ class Checkpoints:
         draft, target = self.folder / f"{_DRAFT}{name}", self.folder / name
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            if not (target / STATE).is_file():
+            if target.resolve() != self.path(LAST):
                 shutil.rmtree(draft, ignore_errors=True)
                 draft.mkdir()
                 write_model(draft)
                 write_snapshot(draft, snapshot)
                 _sync_tree(draft)
-                os.rename(draft, target)
-                _sync(self.folder)
-            self._link(LAST, target)
+                self._put(draft, target)
+            # best first: killed in between, the run goes on from before and improves once more
             if best:
                 self._link(BEST, target)
+            self._link(LAST, target)
         except Exception as error:
             shutil.rmtree(draft, ignore_errors=True)
             raise CheckpointError(self._failure(snapshot.step, error)) from error
         self._prune()
         return target
+
+    def _put(self, draft: Path, target: Path) -> None:
+        """Rename the draft; a folder of that name is of a run that died before it linked it, or
+        that went on from elsewhere, and need not hold the same."""
+        trash = target.with_name(_TRASH + target.name)
+        if target.exists():
+            shutil.rmtree(trash, ignore_errors=True)
+            os.rename(target, trash)
+        os.rename(draft, target)
+        _sync(self.folder)
+        shutil.rmtree(trash, ignore_errors=True)
 
     def _failure(self, step: int, error: Exception) -> str:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
@@ -153,8 +198,7 @@ class Checkpoints:
 
     def _prune(self) -> None:
         linked = {self.path(LAST), self.path(BEST)}
-        old = sorted(path for path in self.folder.glob("step-*") if path.is_dir())[: -self.keep]
-        for path in old:
+        for path in self._steps()[: -self.keep]:
             if path.resolve() not in linked:
                 trash = path.with_name(_TRASH + path.name)
                 os.rename(path, trash)

@@ -8,6 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from bagformer.data.rows import Columns
+from bagformer.data.sources import SOURCES, kind_of
+
 PRECISIONS = ("fp32", "bf16")
 SCHEDULES = ("cosine", "linear", "poly", "constant", "step", "tanh", "wsd", "none")
 PARAM_GROUPS = ("default", "original")
@@ -33,10 +36,31 @@ class ProcessorConfig:
 
 @dataclass
 class SplitConfig:
-    """Files of one split: ``queries``, a jsonl, and ``images``, a tsv."""
+    """Where one split lies.
 
-    queries: str | None = None
+    ``source``: ``muge`` (``queries``, a jsonl, and ``images``, a tsv), or a source whose rows hold
+    text and picture, which takes no ``images``: ``parquet`` or ``webdataset`` (``queries``: files,
+    also as patterns) or ``huggingface`` (a folder, and its ``split``). Null goes by the ending of
+    ``queries``: .parquet and .tar, else muge. ``columns``: where a row keeps what.
+    """
+
+    source: str | None = None
+    queries: str | list[str] | None = None
     images: str | None = None
+    split: str | None = None
+    columns: Columns = field(default_factory=Columns)
+
+    @property
+    def names(self) -> list[str]:
+        """``queries`` as a list."""
+        found = self.queries
+        return [] if found is None else [found] if isinstance(found, str) else found
+
+    @property
+    def kind(self) -> str:
+        """``source``, or what the name says it is."""
+        guessed = kind_of(self.names[0]) if self.names else None
+        return self.source or guessed or "muge"
 
 
 @dataclass
@@ -247,13 +271,36 @@ def problems(config: TrainConfig) -> dict[str, str]:
         found["epochs"] = "set exactly one of steps and epochs"
     if config.output is None:
         found["output"] = "name the folder to write to"
-    for name in ("queries", "images"):
-        if getattr(config.data.train, name) is None:
-            found[f"data.train.{name}"] = "name the file of training data"
-        if (config.data.valid.queries is None) != (config.data.valid.images is None):
-            found["data.valid"] = "give both queries and images, or neither"
+    found |= _problems_of_data(config.data)
     if not isinstance(config.model, str) and not config.model:
         found["model"] = "give a model folder, or the fields of BagFormerConfig"
+    return found
+
+
+def _problems_of_data(data: DataConfig) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for name, split in (("train", data.train), ("valid", data.valid), ("test", data.test)):
+        key, kind = f"data.{name}", split.kind
+        if split.source not in (None, *SOURCES):
+            found[f"{key}.source"] = f"expected one of {', '.join(SOURCES)}, got {split.source!r}"
+            continue
+        if kind != "muge" and split.images is not None:
+            found[f"{key}.images"] = f"a row of {kind} holds its picture: leave images out"
+        if kind == "muge" and split.columns != Columns():
+            found[f"{key}.columns"] = f"muge has none, only {', '.join(SOURCES[1:])} have"
+        if kind != "huggingface" and split.split is not None:
+            found[f"{key}.split"] = f"{kind} has none, only a folder of huggingface has"
+        if kind in ("muge", "huggingface") and len(split.names) > 1:
+            found[f"{key}.queries"] = f"{kind} takes one, got {len(split.names)}"
+        if name == "train":
+            lost = [] if split.names else ["queries"]
+            lost += ["images"] if kind == "muge" and split.images is None else []
+            wanted = "name the file of training data"
+            if split.names and split.source is None and kind_of(split.names[0]) is None:
+                wanted += f", or set {key}.source if {split.names[0]} is not MUGE's"
+            found |= {f"{key}.{one}": wanted for one in lost}
+        elif kind == "muge" and bool(split.names) != (split.images is not None):
+            found[key] = "give both queries and images, or neither"
     return found
 
 

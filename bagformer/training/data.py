@@ -1,4 +1,4 @@
-"""The input pipeline: pairs of MUGE files, augmented, tokenised and cut into bags by workers."""
+"""The input pipeline: pairs of any source, augmented, tokenised and cut into bags by workers."""
 
 from __future__ import annotations
 
@@ -14,39 +14,56 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
-from bagformer.data.muge import MugeDataset, MugeError, MugeImages, read_queries
+from bagformer.data.records import RecordError
+from bagformer.data.rows import Pairs, SourceError
+from bagformer.data.sources import Source, expand, open_pairs
 from bagformer.training import seeds
 from bagformer.training.config import AugmentConfig, ConfigError, SplitConfig, TrainConfig
 
 _TRIES = 20
 
 
-def open_split(config: TrainConfig, split: SplitConfig, name: str) -> MugeDataset:
-    """The pairs of one split. Raises FileNotFoundError, MugeError, and ConfigError if it has no
-    pairs or a query without pictures (with ``on_error: skip`` these are left out)."""
-    paths = {}
-    for kind in ("queries", "images"):
-        path = Path(config.folder) / str(getattr(split, kind))
-        if not path.is_file():
-            raise FileNotFoundError(f"data.{name}.{kind}: no such file: {path}")
-        paths[kind] = path
+def open_split(config: TrainConfig, split: SplitConfig, name: str) -> Pairs:
+    """The pairs of one split. Raises FileNotFoundError, RecordError, ImportError for a library that
+    is missing, and ConfigError if it has no pairs or a query without pictures (with
+    ``on_error: skip`` these are left out)."""
     mode = config.data.on_error
-    queries = read_queries(paths["queries"], on_error=mode)
-    bare = next((query for query in queries if not query.item_ids), None)
+    source = _locate(config, split, name)
+    try:
+        # a broken picture would end a validation in the middle of the run
+        pairs = open_pairs(source, on_error=mode, decode=name != "train")
+    except SourceError as error:
+        raise ConfigError(f"data.{name}: {error}") from error
+    files = source.files
+    bare = next((query for query in pairs.queries if not query.item_ids), None)
     if bare is not None and mode == "raise":
         raise ConfigError(
-            f"{paths['queries']}:{bare.line}: query {bare.query_id!r} has no item_ids, so nothing "
+            f"{files[0]}:{bare.line}: query {bare.query_id!r} has no item_ids, so nothing "
             f"can be learned or measured with it; give it some, or set data.on_error to skip"
         )
-    pairs = MugeDataset(queries, MugeImages(paths["images"], on_error=mode), on_error=mode)
     if not len(pairs):
-        raise ConfigError(f"data.{name}: {paths['queries']} has no query with a known picture")
+        raise ConfigError(f"data.{name}: {files[0]} has no query with a known picture")
     return pairs
 
 
-def skipped(pairs: MugeDataset) -> dict[str, int]:
+def _locate(config: TrainConfig, split: SplitConfig, name: str) -> Source:
+    try:
+        files = expand(split.kind, split.names, config.folder)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"data.{name}.queries: {error}") from error
+    except SourceError as error:
+        raise ConfigError(f"data.{name}.queries: {error}") from error
+    images = None if split.images is None else Path(config.folder) / split.images
+    if split.kind == "muge":
+        for key, path in (("queries", files[0]), ("images", images)):
+            if path is None or not path.is_file():
+                raise FileNotFoundError(f"data.{name}.{key}: no such file: {path}")
+    return Source(split.kind, files, images, split.split, split.columns)
+
+
+def skipped(pairs: Pairs) -> dict[str, int]:
     """What reading left out, by reason."""
-    return {**pairs.images.skipped, **pairs.skipped}
+    return dict(pairs.skipped)
 
 
 class Relations:
@@ -56,7 +73,7 @@ class Relations:
     picture of a query, nor a second query of the same words, is ever a negative.
     """
 
-    def __init__(self, pairs: MugeDataset) -> None:
+    def __init__(self, pairs: Pairs) -> None:
         row = {item: place for place, item in enumerate(pairs.images)}
         number: dict[str, int] = {}
         items: dict[int, set[int]] = defaultdict(set)
@@ -108,7 +125,7 @@ class TrainPairs(Dataset):
 
     def __init__(
         self,
-        pairs: MugeDataset,
+        pairs: Pairs,
         relations: Relations,
         transform: Any,
         seed: int,
@@ -143,7 +160,7 @@ class TrainPairs(Dataset):
             place = (index + replaced) % len(self.pairs)
             try:
                 return {**self.pairs[place], "index": place}, replaced
-            except MugeError as error:
+            except RecordError as error:
                 if not self.skip:
                     raise
                 last = error
@@ -156,7 +173,10 @@ class Collate:
     def __init__(self, processor: Any) -> None:
         self.processor = processor
 
-    def __call__(self, samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Any]) -> Any:
+        broken = next((sample for sample in samples if isinstance(sample, Exception)), None)
+        if broken is not None:
+            return broken
         inputs = dict(self.processor(text=[sample["text"] for sample in samples]))
         inputs["pixel_values"] = torch.stack([sample["pixels"] for sample in samples])
         return {
@@ -206,6 +226,38 @@ class Batches(Sampler):
                 yield [(epoch, int(index)) for index in chosen]
 
 
+class _Kept(Dataset):
+    """Samples, or the error that reading one gave: raised in a worker it would come out as another
+    kind of error, with its message somewhere in a traceback."""
+
+    def __init__(self, pairs: TrainPairs) -> None:
+        self.pairs = pairs
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any] | Exception:
+        try:
+            return self.pairs[key]
+        except (RecordError, ConfigError) as error:
+            return error
+
+
+class _Loader(DataLoader):
+    """Raises in this process what reading raised in a worker."""
+
+    def __iter__(self) -> Any:
+        # started now, not with the first batch: it draws a random number
+        return _unless_broken(super().__iter__())
+
+
+def _unless_broken(batches: Iterator[Any]) -> Iterator[Any]:
+    for batch in batches:
+        if isinstance(batch, Exception):
+            raise batch
+        yield batch
+
+
 def make_loader(
     config: TrainConfig, pairs: TrainPairs, batches: Batches, processor: Any, pin: bool
 ) -> DataLoader:
@@ -213,8 +265,8 @@ def make_loader(
     if config.workers:
         # or the tokenizer warns in every worker that it was forked
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    return DataLoader(
-        pairs,
+    return _Loader(
+        _Kept(pairs),
         batch_sampler=batches,
         collate_fn=Collate(processor),
         num_workers=config.workers,

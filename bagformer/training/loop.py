@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import threading
@@ -23,27 +22,23 @@ from bagformer.training import data, log, seeds
 from bagformer.training.build import build
 from bagformer.training.cached import cached_losses, check_cachable
 from bagformer.training.checkpoint import (
-    LAST,
     MODEL,
     Checkpoints,
     Snapshot,
     read_snapshot,
     write_model,
 )
-from bagformer.training.config import FREE, ConfigError, ProcessorConfig, TrainConfig
+from bagformer.training.config import ConfigError, ProcessorConfig, TrainConfig
 from bagformer.training.config_file import dump, to_dict
 from bagformer.training.distributed import Place, finish, gather_numbers, start
+from bagformer.training.finite import FiniteWatch, NonFiniteError
 from bagformer.training.gradient_cache import average_gradients
 from bagformer.training.optim import Schedule, freeze, make_optimizer, train_mode
+from bagformer.training.resume import best_so_far, check_same, digest
 from bagformer.training.step import TrainStep, active_losses, freeze_unreached
 from bagformer.training.validate import Validate, make_validate, metric_of
 
 CONFIG = "config.yaml"
-_SHOWN_IDS = 6
-
-
-class NonFiniteError(RuntimeError):
-    """The loss or a gradient became NaN or infinite; nothing of that update was kept."""
 
 
 class Trainer:
@@ -70,10 +65,13 @@ class Trainer:
         begun: dict[str, Any] = (
             {} if last is None else {"model": str(last), "processor": ProcessorConfig()}
         )
-        self.model, self.processor = build(replace(config, **begun))
+        with self.checkpoints.reading(last):
+            self.model, self.processor = build(replace(config, **begun))
         self._open_data(validate, progress)
         self._prepare_model()
         self.meter = log.Meter()
+        place = self.place
+        self.watch = FiniteWatch(self.output, self.checkpoints, place.rank, place.world)
         self.step = 0
         self.best: dict[str, Any] = {"value": None, "step": None}
         self._stop = False
@@ -82,7 +80,7 @@ class Trainer:
         self._write_heads(progress)
 
     def _last(self, resume: bool) -> Path | None:
-        last = self.checkpoints.path(LAST)
+        last = self.checkpoints.newest()
         if last is not None and not resume:
             raise ConfigError(
                 f"output: {self.output} already holds a run; go on with it (--resume) or name "
@@ -94,6 +92,7 @@ class Trainer:
         config, place = self.config, self.place
         pairs = data.open_split(config, config.data.train, "train")
         self.skipped = data.skipped(pairs)
+        self.queries = digest(pairs.queries)
         self.relations = data.Relations(pairs)
         transform = data.make_transform(config.augment, self.processor.image_processor)
         skip = config.data.on_error == "skip"
@@ -103,7 +102,7 @@ class Trainer:
         self.validate = validate
         if validate is None and config.data.valid.queries is not None:
             valid = data.open_split(config, config.data.valid, "valid")
-            self.validate = make_validate(config, valid, progress and place.first)
+            self.validate = make_validate(config, self.model, valid, progress and place.first)
 
     def _prepare_model(self) -> None:
         config, model, place = self.config, self.model, self.place
@@ -134,33 +133,25 @@ class Trainer:
         return self.model if self.ema is None else self.ema.module
 
     def _resume(self, last: Path) -> None:
-        snapshot = read_snapshot(last)
-        self._check_same(snapshot.run, last)
-        weights = load_file(last / MODEL)
-        self.averaged.load_state_dict(weights)
-        if snapshot.learning is not None:
-            self.model.load_state_dict(snapshot.learning)
-        self.optimizer.load_state_dict(snapshot.optimizer)
-        self.step, self.best = snapshot.step, snapshot.run["best"]
+        with self.checkpoints.reading(last):
+            snapshot = read_snapshot(last)
+        check_same(snapshot.run, self.config, self._facts_kept(), last)
+        with self.checkpoints.reading(last):
+            self.averaged.load_state_dict(load_file(last / MODEL))
+            if snapshot.learning is not None:
+                self.model.load_state_dict(snapshot.learning)
+            self.optimizer.load_state_dict(snapshot.optimizer)
+        self.step, self.best = snapshot.step, best_so_far(snapshot.run, self.config)
         self.meter.load(snapshot.run["meter"])
         self.batches.start = self.step
 
-    def _check_same(self, run: dict[str, Any], last: Path) -> None:
-        old, new = run["config"], to_dict(self.config)
-        changed = [key for key in new if key not in FREE and old.get(key) != new[key]]
-        facts = {"pairs of data.train": ("pairs", len(self.pairs))}
-        facts["processes"] = ("world", self.place.world)
-        differ = [f"{key} ({old.get(key)!r} there, {new[key]!r} here)" for key in changed]
-        differ += [
-            f"{name} ({run[key]} there, {here} here)"
-            for name, (key, here) in facts.items()
-            if run[key] != here
-        ]
-        if differ:
-            raise ConfigError(
-                f"--resume goes on with the run as it was in {last}, and these differ: "
-                f"{'; '.join(differ)}. Put them back, or start a new run with model: {last}"
-            )
+    def _facts_kept(self) -> dict[str, tuple[str, Any]]:
+        """What a resumed run must have in common beside its configuration, with its keys."""
+        return {
+            "pairs of data.train": ("pairs", len(self.pairs)),
+            "queries of data.train": ("queries", self.queries),
+            "processes": ("world", self.place.world),
+        }
 
     def _write_heads(self, progress: bool) -> None:
         config, place = self.config, self.place
@@ -205,6 +196,7 @@ class Trainer:
             while self.step < self.total and not self._stop:
                 self._update(iterator)
             if self._stop:
+                self.watch.weights(self.step, self.model)
                 self._save(best=False)
         finally:
             if before is not None:
@@ -243,7 +235,7 @@ class Trainer:
         learning = [p for p in self.model.parameters() if p.grad is not None]
         limit = math.inf if config.clip is None else config.clip
         norm = float(nn.utils.get_total_norm([p.grad for p in learning if p.grad is not None]))
-        self._check_finite(batches, norm)
+        self.watch.gradient(self.step + 1, batches, norm)
         if norm > limit:
             nn.utils.clip_grads_with_norm_(learning, limit, torch.tensor(norm))
         self.optimizer.step()
@@ -290,26 +282,6 @@ class Trainer:
         own = wide[:, first : first + size].contiguous().to(place.device)
         return own, wide.to(place.device) if gathered else None
 
-    def _check_finite(self, batches: list[Any], norm: float) -> None:
-        bad = [(found, ids) for found, ids in batches if not math.isfinite(found["loss"])]
-        if not bad and math.isfinite(norm):
-            return
-        wrong = {"grad_norm": norm, **{k: v for f, _ in bad for k, v in f.items()}}
-        named = ", ".join(f"{k} is {v}" for k, v in wrong.items() if not math.isfinite(v))
-        ids = [list(pair) for _, own in (bad or batches) for pair in own]
-        rank = f"-process-{self.place.rank}" if self.place.world > 1 else ""
-        path = self.output / f"nonfinite-step-{self.step + 1}{rank}.json"
-        record = {"step": self.step + 1, "what": named, "query_and_item_ids": ids}
-        path.write_text(json.dumps(record, ensure_ascii=False) + "\n", encoding="utf-8")
-        last = self.checkpoints.path(LAST)
-        shown = ", ".join(f"{query}/{item}" for query, item in ids[:_SHOWN_IDS])
-        raise NonFiniteError(
-            f"step {self.step + 1}: {named}; query/picture ids of the batch: {shown}"
-            f"{' ...' if len(ids) > _SHOWN_IDS else ''} (all in {path}). "
-            f"The last checkpoint is {last or 'none yet'}. Try a lower optim.lr, a longer "
-            "schedule.warmup, or clip"
-        )
-
     def _due(self, every: int | None) -> bool:
         return self.step % (every or self.per_epoch) == 0 or self.step == self.total
 
@@ -326,9 +298,13 @@ class Trainer:
             self.log.write("train", self.step, row)
             self.meter.reset()
         improved = False
-        if self.validate is not None and self._due(config.valid.every):
+        validate = self.validate is not None and self._due(config.valid.every)
+        save = self._due(config.checkpoint.every)
+        if validate or save:
+            self.watch.weights(self.step, self.model)
+        if validate:
             improved = self._validate()
-        if improved or self._due(config.checkpoint.every):
+        if improved or save:
             self._save(best=improved)
         if self.on_update is not None:
             self.on_update(self.step, values)
@@ -363,8 +339,7 @@ class Trainer:
                 "best": self.best,
                 "meter": self.meter.state(),
                 "config": to_dict(self.config),
-                "pairs": len(self.pairs),
-                "world": self.place.world,
+                **dict(self._facts_kept().values()),
             }
             learning = None if self.ema is None else self.model.state_dict()
             snapshot = Snapshot(self.step, self.optimizer.state_dict(), run, learning)

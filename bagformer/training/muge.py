@@ -22,6 +22,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from bagformer.data.muge import MugeDataset, MugeImages, read_queries
+from bagformer.data.records import write_whole
 from bagformer.evaluation.muge import Loaded, append_log, evaluate_split, write_predictions
 from bagformer.evaluation.muge_config import files_of, write_config
 from bagformer.evaluation.report import Report
@@ -39,7 +40,7 @@ from bagformer.training.checkpoint import (
 )
 from bagformer.training.config import AugmentConfig, RandAugmentConfig, TrainConfig
 from bagformer.training.data import Batches, Relations, TrainPairs, make_loader, make_transform
-from bagformer.training.loop import NonFiniteError
+from bagformer.training.finite import NonFiniteError
 from bagformer.training.original import (
     Slow,
     alpha_at,
@@ -124,12 +125,13 @@ class MugeRun:
     def resume(self) -> int:
         """Go on from ``last``; gives the epoch that comes next. Raises CheckpointError,
         FileNotFoundError."""
-        folder = self.checkpoints.path(LAST)
+        folder = self.checkpoints.newest()
         if folder is None:
             raise FileNotFoundError(f"--resume: {self.output} has no checkpoint to go on from")
-        snapshot = read_snapshot(folder)
-        self.model.load_state_dict(load_file(folder / MODEL))
-        self.optimizer.load_state_dict(snapshot.optimizer)
+        with self.checkpoints.reading(folder):
+            snapshot = read_snapshot(folder)
+            self.model.load_state_dict(load_file(folder / MODEL))
+            self.optimizer.load_state_dict(snapshot.optimizer)
         if self.slow is not None:
             if snapshot.learning is None:
                 raise ValueError(f"{folder}: {LEARNING} is missing, the run cannot go on")
@@ -137,6 +139,7 @@ class MugeRun:
             self.slow.to(self.device)
         run = snapshot.run
         self.first_epoch, self.best, self.best_epoch = run["next"], run["best"], run["best_epoch"]
+        _cut_log(self.output / LOG, self.first_epoch)
         return self.first_epoch
 
     def fit(self) -> dict[str, Any]:
@@ -242,6 +245,20 @@ class MugeRun:
             alpha=alpha,
             distill=bool(self.config["distill"]),
         )
+
+
+def _cut_log(path: Path, epoch: int) -> None:
+    """Drop what an interrupted run logged of ``epoch`` and later, and its last line."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            if json.loads(line)["epoch"] < epoch:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            continue
+    write_whole(path, "".join(kept))
 
 
 def _slow_tensors(slow: Slow) -> Iterator[tuple[str, Tensor]]:

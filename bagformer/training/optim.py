@@ -66,6 +66,10 @@ def make_optimizer(model: nn.Module, options: OptimConfig) -> torch.optim.Optimi
     """Raises ConfigError for a name or an option that timm does not know."""
     if options.name not in list_optimizers(exclude_filters=["bnb*", "fused*", "apex*"]):
         raise ConfigError(f"optim.name: timm.optim has no {options.name!r}")
+    if options.name == "adahessian":
+        raise ConfigError(
+            "optim.name: 'adahessian' needs second derivatives, which maxsim does not have"
+        )
     extra = dict(options.options)
     if options.betas is not None:
         extra["betas"] = tuple(options.betas)
@@ -85,6 +89,10 @@ class Schedule:
         self, optimizer: torch.optim.Optimizer, config: TrainConfig, total: int, per_epoch: int
     ) -> None:
         options, self.per_epoch = config.schedule, per_epoch
+        if options.name == "none" and options.warmup:
+            raise ConfigError(
+                "schedule.warmup: with schedule.name none nothing sets the rate; take constant"
+            )
         self.original = options.unit == "original"
         self.warmup = self._warmup(options.warmup, total)
         name = {"linear": "poly"}.get(options.name, options.name)

@@ -227,7 +227,9 @@ def baseline_losses(
         mine = column == column.t()
         with torch.no_grad():
             of_image, of_text = (
-                (part[:, :batch] + 1e-4).softmax(dim=1).masked_fill(mine, 0.0) for part in logits
+                # NaN is for the loss to show: a draw by it would only fail
+                (part[:, :batch] + 1e-4).softmax(dim=1).nan_to_num(1.0).masked_fill(mine, 0.0)
+                for part in logits
             )
         if mine.all(dim=1).any():
             raise ValueError("idx: every pair of the batch is a positive of some pair")

@@ -5,20 +5,24 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
 from torch import Tensor
 
 _TENSOR, _TUPLE, _DICT, _FLOAT = "__tensor__", "__tuple__", "__dict__", "__float__"
+_DTYPE = "__dtype__"
 
 
 def pack(value: Any, tensors: dict[str, Tensor], path: str = "") -> Any:
     """What JSON can hold of ``value``; tensors go into ``tensors`` under their path.
 
-    Takes None, bool, int, float, str, tensors, lists, tuples and dicts of them, with keys that are
-    str or int. Raises TypeError, naming the path, for anything else.
+    Takes None, bool, int, float, str, dtypes, tensors, lists, tuples and dicts of them, with keys
+    that are str or int. Raises TypeError, naming the path, for anything else.
     """
     if isinstance(value, Tensor):
         tensors[path or "value"] = value.detach().cpu().contiguous().clone()
         return {_TENSOR: path or "value"}
+    if isinstance(value, torch.dtype):
+        return {_DTYPE: str(value).removeprefix("torch.")}
     if isinstance(value, float) and not math.isfinite(value):
         return {_FLOAT: repr(value)}
     if value is None or isinstance(value, (bool, int, float, str)):
@@ -47,6 +51,8 @@ def unpack(value: Any, tensors: dict[str, Tensor]) -> Any:
         return tensors[content]
     if kind == _FLOAT:
         return float(content)
+    if kind == _DTYPE:
+        return getattr(torch, content)
     if kind == _TUPLE:
         return tuple(unpack(item, tensors) for item in content)
     return {key: unpack(item, tensors) for key, item in content}

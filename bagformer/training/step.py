@@ -33,8 +33,11 @@ def active_losses(model: Any, options: LossConfig) -> dict[str, float]:
 def freeze_unreached(model: Any, weights: dict[str, float]) -> None:
     """Stop parameters that no loss reaches: they would break data-parallel training."""
     parts: list[Any] = []
-    if "ita" not in weights and ("itm" not in weights or not model.config.hard_negatives):
+    if "ita" not in weights:
+        # hard negatives use it too, but no gradient comes from a draw
         model.temp.requires_grad_(False)
+    if "ita" not in weights and "twc" not in weights:
+        parts += [model.text_proj, model.vision_proj]
     if "twc" not in weights and model.twc_loss is not None:
         parts.append(model.twc_loss)
     if "itm" not in weights and model.itm_head is not None:

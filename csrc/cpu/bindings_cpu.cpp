@@ -11,6 +11,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/maxsim.h"
+#include "cpu/maxsim_int8.h"
 #include "cpu/pool.h"
 
 namespace py = pybind11;
@@ -89,8 +90,11 @@ struct Pairs {
     std::vector<int64_t> scores, turned, text_winners, image_winners;
 
     Pairs(const View& text, const View& image, const View& text_mask, const View& image_mask) {
-        need_float("text", text, 3);
         const bool narrow = image.dtype == DType::i8 || image.dtype == DType::f8;
+        if (text.dtype != DType::i8) need_float("text", text, 3);
+        if (text.rank != 3) refuse("text has rank " + std::to_string(text.rank));
+        if (text.dtype == DType::i8 && image.dtype != DType::i8)
+            refuse("image must be int8 as text");
         if (!narrow) need_float("image", image, image.rank == 4 ? 4 : 3);
         if (!image || image.rank < 3) refuse("image has rank " + std::to_string(image.rank));
         const DType held = narrow ? image.dtype : text.dtype;
@@ -98,6 +102,8 @@ struct Pairs {
         const int64_t texts = text.shape[0], bags = text.shape[1];
         const int64_t images = image.shape[image.rank - 3], patches = image.shape[image.rank - 2];
         const int64_t depth = text.shape[2];
+        if (text.dtype == DType::i8 && depth > kInt8MaxFeatures)
+            refuse("text has more than 131,071 features");
         if (bags > kMaxTokens) refuse("text has more than 2^30 bags");
         if (patches > kMaxTokens) refuse("image has more than 2^30 patches");
         if (candidates)
@@ -116,13 +122,15 @@ struct Pairs {
 };
 
 void bind_maxsim_forward(py::module_& module) {
-    module.def("maxsim_forward", [](py::object text, py::object image, py::object image_scales,
-                                    py::object text_mask, py::object image_mask, py::object t2i,
-                                    py::object i2t, py::object text_argmax, py::object image_argmax,
-                                    bool zero_mode, bool mean, int n_threads) {
+    module.def("maxsim_forward", [](py::object text, py::object image, py::object text_scales,
+                                    py::object image_scales, py::object text_mask,
+                                    py::object image_mask, py::object t2i, py::object i2t,
+                                    py::object text_argmax, py::object image_argmax, bool zero_mode,
+                                    bool mean, int n_threads) {
         MaxSimForward call;
         call.text = parse("text", text);
         call.image = parse("image", image);
+        call.text_scales = parse("text_scales", text_scales);
         call.image_scales = parse("image_scales", image_scales);
         call.text_mask = parse("text_mask", text_mask);
         call.image_mask = parse("image_mask", image_mask);
@@ -134,9 +142,13 @@ void bind_maxsim_forward(py::module_& module) {
         call.mean = mean;
         call.n_threads = n_threads;
         const Pairs pairs(call.text, call.image, call.text_mask, call.image_mask);
-        const bool narrow = call.image.dtype != call.text.dtype;
+        const bool narrow_text = call.text.dtype == DType::i8;
+        const bool narrow = narrow_text || call.image.dtype != call.text.dtype;
         if (narrow != static_cast<bool>(call.image_scales))
             refuse("image_scales come with eight-bit images alone");
+        if (narrow_text != static_cast<bool>(call.text_scales))
+            refuse("text_scales come with int8 texts alone");
+        need("text_scales", call.text_scales, DType::f32, {call.text.shape[0], call.text.shape[1]});
         need("image_scales", call.image_scales, DType::f32,
              {call.image.shape.begin(), call.image.shape.begin() + (call.image.rank - 1)});
         const DType scores = wide(call.text.dtype);
@@ -169,6 +181,7 @@ void bind_maxsim_backward(py::module_& module) {
             call.mean = mean;
             call.n_threads = n_threads;
             const Pairs pairs(call.text, call.image, call.text_mask, call.image_mask);
+            need_float("text", call.text, 3);
             if (call.image.dtype != call.text.dtype) refuse("image has an unexpected dtype");
             const DType scores = wide(call.text.dtype);
             need("grad_text_to_image", call.grad_t2i, scores, pairs.scores);

@@ -8,7 +8,7 @@ namespace bagformer {
 
 namespace {
 
-constexpr Isa kLevels[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512bf16};
+constexpr Isa kLevels[] = {Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512vnni, Isa::avx512bf16};
 
 Isa detect() {
 #if BAGFORMER_X86 && (defined(__GNUC__) || defined(__clang__))
@@ -16,8 +16,10 @@ Isa detect() {
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
                       __builtin_cpu_supports("f16c");
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-        return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512;
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+        if (!__builtin_cpu_supports("avx512vnni")) return Isa::avx512;
+        return __builtin_cpu_supports("avx512bf16") ? Isa::avx512bf16 : Isa::avx512vnni;
+    }
     if (avx2) return Isa::avx2;
 #endif
     return Isa::scalar;
@@ -31,6 +33,8 @@ const char* isa_name(Isa isa) {
             return "avx2";
         case Isa::avx512:
             return "avx512";
+        case Isa::avx512vnni:
+            return "avx512vnni";
         case Isa::avx512bf16:
             return "avx512bf16";
         default:
@@ -54,8 +58,9 @@ Isa active_isa() {
                                     isa_name(best_isa()));
     }
     throw std::invalid_argument(
-        std::string("BAGFORMER_CPU_ISA must be scalar, avx2, avx512 or avx512bf16; got '") + asked +
-        "'");
+        std::string(
+            "BAGFORMER_CPU_ISA must be scalar, avx2, avx512, avx512vnni or avx512bf16; got '") +
+        asked + "'");
 }
 
 }  // namespace bagformer

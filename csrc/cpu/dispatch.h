@@ -1,5 +1,5 @@
 // Which instruction set runs: the best that the processor has, or the one that
-// BAGFORMER_CPU_ISA=scalar|avx2|avx512|avx512bf16 asks for.
+// BAGFORMER_CPU_ISA=scalar|avx2|avx512|avx512vnni|avx512bf16 asks for.
 #pragma once
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -10,7 +10,8 @@
 
 namespace bagformer {
 
-enum class Isa : int { scalar, avx2, avx512, avx512bf16 };
+// Each level has what those before it have: no processor has AVX512-BF16 without VNNI.
+enum class Isa : int { scalar, avx2, avx512, avx512vnni, avx512bf16 };
 
 const char* isa_name(Isa isa);
 

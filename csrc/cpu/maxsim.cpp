@@ -2,10 +2,16 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <iterator>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
+#include "cpu/maxsim_int8.h"
+#include "cpu/maxsim_outcome.h"
 #include "cpu/maxsim_pack.h"
+#include "cpu/maxsim_texts.h"
+#include "cpu/maxsim_turned.h"
 #include "cpu/parallel.h"
 
 namespace bagformer {
@@ -22,17 +28,11 @@ const uint8_t* mask_row(const View& mask, int64_t i, int64_t j = 0) {
     return mask ? mask.at<const uint8_t>(i, mask.rank == 3 ? j : 0) : nullptr;
 }
 
-template <class E>
-struct Texts {
-    int64_t first = 0;
-    std::vector<Places> places;
-    std::vector<E> packed;  // [texts][N * depth], the tail of each unused where bags are masked
-};
-
 // What one thread needs for one image and one block of texts.
-template <class T, class E>
+template <class In, class E, class T>
 struct Workspace {
     Places image;
+    TurnedImage<In, E, T> turned;
     std::vector<E> panels;
     std::vector<T> scales;  // of the packed patches, up to whole panels; empty: none
     std::vector<T> row_best, lane_best, bag_best;
@@ -56,7 +56,11 @@ class Forward {
           candidates_(call.image.rank == 4),
           images_(call.image.shape[call.image.rank - 3]),
           patches_(call.image.shape[call.image.rank - 2]),
-          argmax_(call.text_argmax || call.image_argmax) {}
+          argmax_(call.text_argmax || call.image_argmax),
+          turned_(std::is_same_v<In, ImageIn> &&
+                  takes_turned(candidates_ ? 1 : texts_, bags_, features_, kernels.lanes / 2)),
+          room_((turned_ ? round_up(bags_, kernels.lanes) : bags_) * depth_),
+          outcome_(call) {}
 
     void run() {
         if (texts_ == 0 || images_ == 0) return;
@@ -69,7 +73,7 @@ class Forward {
 
   private:
     int64_t text_bytes() const {
-        return std::max<int64_t>(1, bags_ * depth_ * static_cast<int64_t>(sizeof(E)));
+        return std::max<int64_t>(1, room_ * static_cast<int64_t>(sizeof(E)));
     }
 
     // How many parts a loop of `outer` items with `inner` steps each is cut into, so that every
@@ -80,29 +84,48 @@ class Forward {
         return std::clamp<int64_t>((wanted + outer - 1) / outer, 1, inner);
     }
 
-    void pack_one(Texts<E>& into, int64_t slot, int64_t text) {
-        Places& places = into.places[slot];
-        places.find(mask_row(call_.text_mask, text), call_.text_mask.strides[1], bags_);
-        const Rows<In> rows{call_.text.template at<const In>(text), call_.text.strides[1],
-                            call_.text.strides[2], features_};
-        pack_text(rows, places, kernels_.max_rows, into.packed.data() + slot * bags_ * depth_);
+    Rows<In> text_rows(int64_t text) const {
+        return {call_.text.template at<const In>(text), call_.text.strides[1],
+                call_.text.strides[2], features_};
+    }
+
+    // Packs texts [first, first + count) of the call.
+    void pack_texts(Texts<E>& into, int64_t first, int64_t count, int n_threads) const {
+        into.first = first;
+        parallel_for(count, n_threads, [&](int64_t slot, int) {
+            Places& places = into.places[slot];
+            places.find(mask_row(call_.text_mask, first + slot), call_.text_mask.strides[1], bags_);
+            if (turned_)
+                pack_image(text_rows(first + slot), places, kernels_.lanes, quick_,
+                           into.packed.data() + slot * room_);
+        });
+        if (turned_) return;
+        into.bundle(count, kernels_.max_rows);
+        parallel_for(std::ssize(into.bundles), n_threads, [&](int64_t k, int) {
+            const Bundle& bundle = into.bundles[k];
+            pack_bundle(
+                into, bundle, kernels_.max_rows,
+                [&](int64_t slot) { return text_rows(first + slot); },
+                into.packed.data() + bundle.first * room_);
+        });
     }
 
     void run_all_pairs() {
         const int64_t group = std::clamp<int64_t>(kGroupBytes / text_bytes(), 1, texts_);
         Texts<E> packed;
-        packed.places.resize(group);
-        packed.packed.resize(group * bags_ * depth_);
+        packed.resize(group, room_);
         for (int64_t first = 0; first < texts_; first += group) {
             const int64_t count = std::min(group, texts_ - first);
-            packed.first = first;
-            parallel_for(count, call_.n_threads,
-                         [&](int64_t slot, int) { pack_one(packed, slot, first + slot); });
-            const int64_t cuts = parts(images_, count);
+            pack_texts(packed, first, count, call_.n_threads);
+            const int64_t steps = turned_ ? count : std::ssize(packed.bundles);
+            const int64_t cuts = parts(images_, steps);
             parallel_for(images_ * cuts, call_.n_threads, [&](int64_t item, int worker) {
                 const int64_t cut = item % cuts;
-                score_image(packed, count * cut / cuts, count * (cut + 1) / cuts, item / cuts,
-                            workers_[worker]);
+                const int64_t begin = steps * cut / cuts, end = steps * (cut + 1) / cuts;
+                if (turned_)
+                    score_turned(packed, begin, end, item / cuts, workers_[worker]);
+                else
+                    score_image(packed, begin, end, item / cuts, workers_[worker]);
             });
         }
     }
@@ -110,60 +133,127 @@ class Forward {
     void run_candidates() {
         const int64_t cuts = parts(texts_, images_);
         parallel_for(texts_ * cuts, call_.n_threads, [&](int64_t item, int worker) {
-            Workspace<T, E>& work = workers_[worker];
+            Workspace<In, E, T>& work = workers_[worker];
             const int64_t text = item / cuts, cut = item % cuts;
-            work.own.first = text;
-            work.own.places.resize(1);
-            work.own.packed.resize(bags_ * depth_);
-            pack_one(work.own, 0, text);
+            work.own.resize(1, room_);
+            pack_texts(work.own, text, 1, 1);
             for (int64_t k = images_ * cut / cuts; k < images_ * (cut + 1) / cuts; ++k)
-                score_image(work.own, 0, 1, k, work);
+                if (turned_)
+                    score_turned(work.own, 0, 1, k, work);
+                else
+                    score_image(work.own, 0, 1, k, work);
         });
     }
 
-    // Packs image `image` (candidate form: of the one text) and scores texts [begin, end) with it.
-    void score_image(const Texts<E>& texts, int64_t begin, int64_t end, int64_t image,
-                     Workspace<T, E>& work) {
-        pack_panels(texts.first, image, work);
-        const int64_t lanes = kernels_.lanes, padded = panels(work) * lanes;
-        const int64_t state = (bags_ * lanes + padded) * static_cast<int64_t>(sizeof(T));
-        const int64_t block =
-            std::clamp<int64_t>(kBlockBytes / (text_bytes() + state), 1, end - begin);
-        work.row_best.resize(block * bags_ * lanes);
-        work.lane_best.resize(block * padded);
-        work.has_nan.resize(block);
-        work.bag_best.resize(bags_);
-        if (argmax_) {
-            work.row_panel.resize(block * bags_ * lanes);
-            work.lane_row.resize(block * padded);
-            work.bag_patch.resize(bags_);
-        }
-        for (int64_t first = begin; first < end; first += block) {
-            const int64_t count = std::min(block, end - first);
-            std::fill(work.row_best.begin(), work.row_best.end(),
-                      -std::numeric_limits<T>::infinity());
-            std::fill(work.row_panel.begin(), work.row_panel.end(), 0);
-            std::fill(work.has_nan.begin(), work.has_nan.end(), char{0});
-            for (int64_t panel = 0; panel < panels(work); ++panel)
-                for (int64_t slot = 0; slot < count; ++slot)
-                    score_panel(texts, first + slot, slot, panel, padded, work);
-            for (int64_t slot = 0; slot < count; ++slot)
-                finish(texts, first + slot, slot, image, padded, work);
+    void find_patches(int64_t i, int64_t j, Places& into) const {
+        const View& mask = call_.image_mask;
+        into.find(mask_row(mask, i, j), mask.strides[call_.image.rank - 2], patches_);
+    }
+
+    Rows<ImageIn> image_rows(int64_t i, int64_t j) const {
+        const View& view = call_.image;
+        return {view.template at<const ImageIn>(i, j), view.strides[view.rank - 2],
+                view.strides[view.rank - 1], features_};
+    }
+
+    // Scores texts [begin, end) with image `image` (candidate form: of the one text), which is read
+    // where it lies.
+    void score_turned(const Texts<E>& texts, int64_t begin, int64_t end, int64_t image,
+                      Workspace<In, E, T>& work) {
+        if constexpr (std::is_same_v<In, ImageIn>) {
+            const int64_t i = candidates_ ? texts.first : image, j = candidates_ ? image : 0;
+            find_patches(i, j, work.image);
+            const int64_t step = candidates_ ? 1 : std::max(1, call_.n_threads);
+            const In* next = image + step >= images_ ? nullptr
+                             : candidates_           ? image_rows(i, j + step).features
+                                                     : image_rows(i + step, j).features;
+            if (work.image.count() > 0)
+                work.turned.set(image_rows(i, j), work.image, next, kernels_);
+            work.bag_best.resize(round_up(bags_, kernels_.lanes));
+            if (argmax_) work.bag_patch.resize(work.bag_best.size());
+            for (int64_t slot = begin; slot < end; ++slot) {
+                const Places& bags = texts.places[slot];
+                const bool any = bags.count() > 0 && work.image.count() > 0;
+                Maxima<T> found{work.bag_best.data(), argmax_ ? work.bag_patch.data() : nullptr,
+                                work.turned.patch_best(), nullptr, false};
+                if (any)
+                    found.has_nan =
+                        work.turned.score(texts.packed.data() + slot * room_, bags.count(),
+                                          found.bag_best, found.bag_patch);
+                if (argmax_) found.patch_bag = work.turned.patch_bag();
+                outcome_.write(texts.first + slot, image, bags, work.image, any ? &found : nullptr);
+            }
         }
     }
 
-    int64_t panels(const Workspace<T, E>& work) const {
+    // Packs image `image` (candidate form: of the one text) and scores bundles [begin, end) with
+    // it.
+    void score_image(const Texts<E>& texts, int64_t begin, int64_t end, int64_t image,
+                     Workspace<In, E, T>& work) {
+        pack_panels(texts.first, image, work);
+        work.bag_best.resize(bags_);
+        if (argmax_) work.bag_patch.resize(bags_);
+        const int64_t row_bytes = depth_ * sizeof(E) + kernels_.lanes * sizeof(T);
+        const int64_t text_bytes = panels(work) * kernels_.lanes * sizeof(T);
+        while (begin < end) {
+            int64_t last = begin, bytes = 0;
+            do {
+                const Bundle& bundle = texts.bundles[last];
+                bytes += bundle.rows * row_bytes + bundle.texts * text_bytes;
+            } while (++last < end && bytes < kBlockBytes);
+            score_block(texts, begin, last, image, work);
+            begin = last;
+        }
+    }
+
+    // Of each bundle [begin, end): the bundle, its first row and its first text within the block.
+    template <class Use>
+    void each_bundle(const Texts<E>& texts, int64_t begin, int64_t end, Use&& use) const {
+        int64_t row = 0, text = 0;
+        for (int64_t k = begin; k < end; ++k) {
+            const Bundle& bundle = texts.bundles[k];
+            use(bundle, row, text);
+            row += bundle.rows;
+            text += bundle.texts;
+        }
+    }
+
+    void score_block(const Texts<E>& texts, int64_t begin, int64_t end, int64_t image,
+                     Workspace<In, E, T>& work) {
+        const int64_t lanes = kernels_.lanes, padded = panels(work) * lanes;
+        int64_t n_rows = 0, n_texts = 0;
+        each_bundle(texts, begin, end, [&](const Bundle& bundle, int64_t row, int64_t text) {
+            n_rows = row + bundle.rows;
+            n_texts = text + bundle.texts;
+        });
+        work.row_best.assign(n_rows * lanes, -std::numeric_limits<T>::infinity());
+        work.lane_best.resize(n_texts * padded);
+        work.has_nan.assign(n_texts, 0);
+        if (argmax_) {
+            work.row_panel.assign(n_rows * lanes, 0);
+            work.lane_row.resize(n_texts * padded);
+        }
+        for (int64_t panel = 0; panel < panels(work); ++panel)
+            each_bundle(texts, begin, end, [&](const Bundle& bundle, int64_t row, int64_t text) {
+                score_panel(texts, bundle, row, text, panel, padded, work);
+            });
+        each_bundle(texts, begin, end, [&](const Bundle& bundle, int64_t row, int64_t text) {
+            for (int64_t k = 0; k < bundle.texts; ++k) {
+                const int64_t slot = bundle.first + k;
+                const int64_t start = row + texts.ends[slot] - texts.places[slot].count();
+                finish(texts, slot, start, text + k, image, padded, work);
+            }
+        });
+    }
+
+    int64_t panels(const Workspace<In, E, T>& work) const {
         return (work.image.count() + kernels_.lanes - 1) / kernels_.lanes;
     }
 
-    void pack_panels(int64_t text, int64_t image, Workspace<T, E>& work) {
-        const View& view = call_.image;
+    void pack_panels(int64_t text, int64_t image, Workspace<In, E, T>& work) {
         const int64_t i = candidates_ ? text : image, j = candidates_ ? image : 0;
-        work.image.find(mask_row(call_.image_mask, i, j), call_.image_mask.strides[view.rank - 2],
-                        patches_);
+        find_patches(i, j, work.image);
         work.panels.resize(panels(work) * kernels_.lanes * depth_);
-        const Rows<ImageIn> rows{view.template at<const ImageIn>(i, j), view.strides[view.rank - 2],
-                                 view.strides[view.rank - 1], features_};
         const View& scales = call_.image_scales;
         if (scales) {
             work.scales.assign(panels(work) * kernels_.lanes, T(0));
@@ -171,80 +261,52 @@ class Forward {
             for (int32_t k = 0; k < work.image.count(); ++k)
                 work.scales[k] = first[work.image.index[k] * scales.strides[scales.rank - 1]];
         }
-        pack_image(rows, work.image, kernels_.lanes, quick_, work.panels.data());
+        pack_image(image_rows(i, j), work.image, kernels_.lanes, quick_, work.panels.data());
     }
 
-    void score_panel(const Texts<E>& texts, int64_t text, int64_t slot, int64_t panel,
-                     int64_t padded, Workspace<T, E>& work) {
-        const int64_t lanes = kernels_.lanes, state = slot * bags_ * lanes;
+    void score_panel(const Texts<E>& texts, const Bundle& bundle, int64_t row, int64_t text,
+                     int64_t panel, int64_t padded, Workspace<In, E, T>& work) {
+        const int64_t lanes = kernels_.lanes, at = text * padded + panel * lanes;
         PanelJob<T, E> job;
         job.panel = work.panels.data() + panel * lanes * depth_;
-        job.rows = texts.packed.data() + text * bags_ * depth_;
+        job.rows = texts.packed.data() + bundle.first * room_;
         job.depth = depth_;
         job.scales = work.scales.empty() ? nullptr : work.scales.data() + panel * lanes;
         job.valid = static_cast<int32_t>(std::min(lanes, work.image.count() - panel * lanes));
         job.index = static_cast<int32_t>(panel);
-        job.n_rows = texts.places[text].count();
-        job.row_best = work.row_best.data() + state;
-        job.row_panel = argmax_ ? work.row_panel.data() + state : nullptr;
-        job.lane_best = work.lane_best.data() + slot * padded + panel * lanes;
-        job.lane_row = argmax_ ? work.lane_row.data() + slot * padded + panel * lanes : nullptr;
-        if (kernels_.panel(job)) work.has_nan[slot] = 1;
+        job.n_rows = bundle.rows;
+        job.row_best = work.row_best.data() + row * lanes;
+        job.row_panel = argmax_ ? work.row_panel.data() + row * lanes : nullptr;
+        job.lane_best = work.lane_best.data() + at;
+        job.lane_row = argmax_ ? work.lane_row.data() + at : nullptr;
+        char* has_nan = work.has_nan.data() + text;
+        if (bundle.texts == 1)
+            *has_nan |= static_cast<char>(kernels_.panel(job));
+        else
+            kernels_.shared({job, texts.ends.data() + bundle.first,
+                             static_cast<int32_t>(bundle.texts), padded, has_nan});
     }
 
-    // Both scores of one pair from its maxima.
-    void finish(const Texts<E>& texts, int64_t slot_in_group, int64_t slot, int64_t image,
-                int64_t padded, Workspace<T, E>& work) {
-        const Places& text = texts.places[slot_in_group];
-        const int64_t i = texts.first + slot_in_group;
-        const int64_t turned_i = candidates_ ? i : image, turned_j = candidates_ ? image : i;
-        if (text.count() == 0 || work.image.count() == 0) {
-            if (call_.t2i) *call_.t2i.template at<T>(i, image) = T(0);
-            if (call_.i2t) *call_.i2t.template at<T>(turned_i, turned_j) = T(0);
-            store_argmax(call_.text_argmax, i, image, text, nullptr);
-            store_argmax(call_.image_argmax, turned_i, turned_j, work.image, nullptr);
-            return;
-        }
-        const int64_t state = slot * bags_ * kernels_.lanes;
-        const bool has_nan = work.has_nan[slot] != 0;
+    // Both scores of text `slot` of the group, whose maxima are those of rows from `row` on and of
+    // text `text` of the block.
+    void finish(const Texts<E>& texts, int64_t slot, int64_t row, int64_t text, int64_t image,
+                int64_t padded, Workspace<In, E, T>& work) {
+        const Places& bags = texts.places[slot];
+        const int64_t i = texts.first + slot;
+        if (bags.count() == 0 || work.image.count() == 0)
+            return outcome_.write(i, image, bags, work.image, nullptr);
+        const Maxima<T> found{work.bag_best.data(), argmax_ ? work.bag_patch.data() : nullptr,
+                              work.lane_best.data() + text * padded,
+                              argmax_ ? work.lane_row.data() + text * padded : nullptr,
+                              work.has_nan[text] != 0};
         RowsJob<T> rows;
-        rows.row_best = work.row_best.data() + state;
-        rows.row_panel = argmax_ ? work.row_panel.data() + state : nullptr;
-        rows.n_rows = text.count();
-        rows.best = work.bag_best.data();
-        rows.patch = argmax_ ? work.bag_patch.data() : nullptr;
-        kernels_.rows(rows, has_nan);
-        if (call_.t2i || call_.text_argmax) {
-            settle(rows.best, rows.patch, text, work.image);
-            store_argmax(call_.text_argmax, i, image, text, rows.patch);
-            if (call_.t2i) *call_.t2i.template at<T>(i, image) = score(rows.best, text, has_nan);
-        }
-        if (call_.i2t || call_.image_argmax) {
-            T* best = work.lane_best.data() + slot * padded;
-            int32_t* bag = argmax_ ? work.lane_row.data() + slot * padded : nullptr;
-            settle(best, bag, work.image, text);
-            store_argmax(call_.image_argmax, turned_i, turned_j, work.image, bag);
-            if (call_.i2t)
-                *call_.i2t.template at<T>(turned_i, turned_j) = score(best, work.image, has_nan);
-        }
-    }
-
-    // Winners as the caller counts tokens; in zero mode masked tokens of the other side compete.
-    void settle(T* best, int32_t* winner, const Places& own, const Places& other) const {
-        const int32_t masked = call_.zero_mode ? other.first_masked : -1;
-        for (int32_t k = 0; k < own.count(); ++k) {
-            if (winner != nullptr) winner[k] = other.index[winner[k]];
-            if (masked < 0) continue;
-            if (winner != nullptr && (best[k] < T(0) || (best[k] == T(0) && masked < winner[k])))
-                winner[k] = masked;
-            if (best[k] < T(0)) best[k] = T(0);
-        }
-    }
-
-    T score(const T* best, const Places& own, bool has_nan) const {
-        if (has_nan) return std::numeric_limits<T>::quiet_NaN();
-        const T total = ordered_sum(best, own.count());
-        return call_.mean ? total / static_cast<T>(own.count()) : total;
+        rows.row_best = work.row_best.data() + row * kernels_.lanes;
+        rows.row_panel = argmax_ ? work.row_panel.data() + row * kernels_.lanes : nullptr;
+        rows.n_rows = bags.count();
+        rows.best = found.bag_best;
+        rows.patch = found.bag_patch;
+        kernels_.rows(rows, found.has_nan);
+        outcome_.write(i, image, bags, work.image, &found);
     }
 
     const MaxSimForward& call_;
@@ -254,7 +316,10 @@ class Forward {
     bool candidates_;
     int64_t images_, patches_;
     bool argmax_;
-    std::vector<Workspace<T, E>> workers_;
+    bool turned_;   // texts are packed for the turned kernel
+    int64_t room_;  // of one packed text
+    Outcome<T> outcome_;
+    std::vector<Workspace<In, E, T>> workers_;
 };
 
 // Images of eight-bit numbers. Their products with the text run as those of the text's own type do;
@@ -284,6 +349,7 @@ void forward_quantized(const MaxSimForward& call, const CpuKernels& kernels,
 }  // namespace
 
 void maxsim_forward(const MaxSimForward& call) {
+    if (call.text.dtype == DType::i8) return maxsim_int8_forward(call);
     using Singles = MaxSimKernels<float>;
     using Pairs = MaxSimKernels<float, BFloat16Pair>;
     const CpuKernels& kernels = kernels_of(active_isa());

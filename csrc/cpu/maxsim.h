@@ -14,7 +14,7 @@
 //
 // One step of the inner loop takes one d: `lanes` patches from the panel, each bag's value
 // broadcast. height x lanes similarities stay in registers over all of D and are folded into both
-// maxima there.
+// maxima there. Where an image meets few texts the tile is turned, see TurnedJob.
 #pragma once
 
 #include <cstdint>
@@ -22,6 +22,13 @@
 #include "cpu/dispatch.h"
 #include "cpu/numbers.h"
 #include "cpu/view.h"
+
+// The sums of a tile stay in registers only if what fills and what folds them become one function.
+#if defined(__GNUC__)
+#define BAGFORMER_INLINE inline __attribute__((always_inline))
+#else
+#define BAGFORMER_INLINE inline
+#endif
 
 namespace bagformer {
 
@@ -42,6 +49,16 @@ struct PanelJob {
     int32_t* lane_row;   // [lanes] its bag; written; null: no argmax
 };
 
+// Several texts, whose bags share tiles as those of one long text would.
+template <class T, class E>
+struct SharedJob {
+    PanelJob<T, E> all;   // rows of all texts; lane_best and lane_row of the first
+    const int32_t* ends;  // [n_texts] rows of this text and those before it
+    int32_t n_texts;
+    int64_t lane_stride;  // from lane_best and lane_row of one text to those of the next
+    char* has_nan;        // [n_texts] set to 1 where a NaN is among a text's similarities
+};
+
 // The maxima of one text's bags, once all panels are folded.
 template <class T>
 struct RowsJob {
@@ -50,6 +67,24 @@ struct RowsJob {
     int32_t n_rows;
     T* best;         // [n_rows]
     int32_t* patch;  // [n_rows] place among the packed patches; null: no argmax
+};
+
+// One text against one image, turned: bags lie across the lanes, and patches are rows that are read
+// where they lie. See docs/maxsim.md.
+template <class T, class E>
+struct TurnedJob {
+    // Patches, as the image holds them. Spare places of the last tile of max_rows hold the last
+    // patch again; max_rows more are asked for from memory meanwhile, and may be any address.
+    const void* const* rows;
+    int32_t n_rows;     // patches
+    const E* panels;    // the text: [panels][depth][lanes]
+    int64_t depth;      // D, in elements of E
+    int32_t n_lanes;    // bags
+    E* wide;            // [max_rows][depth] scratch; null where rows hold E already
+    T* lane_best;       // [panels * lanes] maximum of each bag; written
+    T* row_best;        // [n_rows, up to whole tiles] maximum of each patch; written
+    int32_t* lane_row;  // [panels * lanes] its patch; null: no argmax
+    int32_t* row_lane;  // [n_rows, up to whole tiles] its bag
 };
 
 // One panel from token rows with stride 1 along D: `count` of them, at places[0..count).
@@ -64,6 +99,12 @@ struct MaxSimKernels {
     // makes both scores NaN); with argmax they are exact, the first NaN winning.
     bool (*panel)(const PanelJob<T, E>& job);
     void (*rows)(const RowsJob<T>& job, bool has_nan);
+    // As `panel`: of a whole pair, from rows of E and, where there is any, of bfloat16 and float16;
+    // and of several texts.
+    bool (*turned)(const TurnedJob<T, E>& job);
+    void (*shared)(const SharedJob<T, E>& job);
+    bool (*turned_bf16)(const TurnedJob<T, E>& job) = nullptr;
+    bool (*turned_f16)(const TurnedJob<T, E>& job) = nullptr;
     // Quick packing from float32, bfloat16, float16, int8 and float8, where there is any.
     PackPanel pack_f32 = nullptr, pack_bf16 = nullptr, pack_f16 = nullptr;
     PackPanel pack_i8 = nullptr, pack_f8 = nullptr;
@@ -78,8 +119,9 @@ inline int tile_height(int n_rows, int tile, int max_rows) {
 }
 
 struct MaxSimForward {
-    View text, image;            // [Nt, N, D], [Ni, P, D] or [Nt, K, P, D]
-    View image_scales;           // float32, as `image` without D; given where it holds i8 or f8
+    View text, image;   // [Nt, N, D], [Ni, P, D] or [Nt, K, P, D]
+    View image_scales;  // float32, as `image` without D; given where it holds i8 or f8
+    View text_scales;   // float32 [Nt, N], given where `text` holds i8, as `image` then does
     View text_mask, image_mask;  // may be absent
     View t2i, i2t;               // outputs may be absent; contiguous
     View text_argmax, image_argmax;

@@ -5,18 +5,16 @@
 template <class Vec>
 using Job = PanelJob<typename Vec::T, typename Vec::E>;
 
-// S of HEIGHT bags with COLUMNS vectors of patches, folded into both maxima.
-template <class Vec, int HEIGHT, int COLUMNS, bool ARGMAX>
-bool score_tile(const Job<Vec>& job, const typename Vec::E* rows, int first_row) {
+// S of HEIGHT bags with COLUMNS vectors of patches.
+template <class Vec, int HEIGHT, int COLUMNS>
+BAGFORMER_INLINE void tile_sums(const typename Vec::E* panel, const typename Vec::E* rows,
+                                int64_t depth, typename Vec::V (&sum)[HEIGHT][COLUMNS]) {
     constexpr int kLanes = 2 * Vec::kWidth;
-    using T = typename Vec::T;
-    typename Vec::V sum[HEIGHT][COLUMNS];
 #pragma GCC unroll 16
     for (int r = 0; r < HEIGHT; ++r)
 #pragma GCC unroll 2
-        for (int c = 0; c < COLUMNS; ++c) sum[r][c] = Vec::set1(T(0));
-    const typename Vec::E* panel = job.panel;
-    for (int64_t d = 0; d < job.depth; ++d, panel += kLanes, rows += HEIGHT) {
+        for (int c = 0; c < COLUMNS; ++c) sum[r][c] = Vec::set1(typename Vec::T(0));
+    for (int64_t d = 0; d < depth; ++d, panel += kLanes, rows += HEIGHT) {
         typename Vec::P patches[COLUMNS];
 #pragma GCC unroll 2
         for (int c = 0; c < COLUMNS; ++c) patches[c] = Vec::load_packed(panel + c * Vec::kWidth);
@@ -27,7 +25,43 @@ bool score_tile(const Job<Vec>& job, const typename Vec::E* rows, int first_row)
             for (int c = 0; c < COLUMNS; ++c) sum[r][c] = Vec::fma(bag, patches[c], sum[r][c]);
         }
     }
+}
 
+// The maxima over bags of one text so far, in one vector of patches.
+template <class Vec>
+struct LaneMaxima {
+    typename Vec::V best;
+    typename Vec::I row = Vec::iset1(0);
+    typename Vec::M nan = Vec::none();
+};
+
+// Folds one vector of similarities of row `row`, bag `bag` of its text, into both maxima.
+template <class Vec, bool ARGMAX>
+BAGFORMER_INLINE void fold_row(const Job<Vec>& job, typename Vec::V score, int row, int bag,
+                               int offset, LaneMaxima<Vec>& lanes) {
+    lanes.nan = Vec::either(lanes.nan, Vec::is_nan(score));
+    const int64_t at = int64_t{row} * 2 * Vec::kWidth + offset;
+    const typename Vec::V row_best = Vec::load(job.row_best + at);
+    if constexpr (ARGMAX) {
+        const typename Vec::M row_takes = Vec::beats(score, row_best);
+        Vec::store(job.row_best + at, Vec::blend(row_takes, score, row_best));
+        const typename Vec::I panels = Vec::iload(job.row_panel + at);
+        Vec::istore(job.row_panel + at, Vec::iblend(row_takes, Vec::iset1(job.index), panels));
+        const typename Vec::M lane_takes = Vec::beats(score, lanes.best);
+        lanes.best = Vec::blend(lane_takes, score, lanes.best);
+        lanes.row = Vec::iblend(lane_takes, Vec::iset1(bag), lanes.row);
+    } else {
+        Vec::store(job.row_best + at, Vec::max(score, row_best));
+        lanes.best = Vec::max(score, lanes.best);
+    }
+}
+
+// One tile of one text, folded into both maxima.
+template <class Vec, int HEIGHT, int COLUMNS, bool ARGMAX>
+bool score_tile(const Job<Vec>& job, const typename Vec::E* rows, int first_row) {
+    using T = typename Vec::T;
+    typename Vec::V sum[HEIGHT][COLUMNS];
+    tile_sums<Vec, HEIGHT, COLUMNS>(job.panel, rows, job.depth, sum);
     const typename Vec::V lowest = Vec::set1(-std::numeric_limits<T>::infinity());
     typename Vec::M nan = Vec::none();
 #pragma GCC unroll 2
@@ -39,32 +73,17 @@ bool score_tile(const Job<Vec>& job, const typename Vec::E* rows, int first_row)
 #pragma GCC unroll 16
             for (int r = 0; r < HEIGHT; ++r) sum[r][c] = Vec::mul(sum[r][c], scale);
         }
-        typename Vec::V lane_best = Vec::load(job.lane_best + offset);
-        typename Vec::I lane_row = Vec::iset1(0);
-        if constexpr (ARGMAX) lane_row = Vec::iload(job.lane_row + offset);
+        LaneMaxima<Vec> lanes{Vec::load(job.lane_best + offset)};
+        if constexpr (ARGMAX) lanes.row = Vec::iload(job.lane_row + offset);
 #pragma GCC unroll 16
         for (int r = 0; r < HEIGHT; ++r) {
             // lanes past the image's end hold 0 or, by an Inf in the text, NaN
             const typename Vec::V score = Vec::blend(counts, sum[r][c], lowest);
-            nan = Vec::either(nan, Vec::is_nan(score));
-            const int64_t at = int64_t{first_row + r} * kLanes + offset;
-            const typename Vec::V row_best = Vec::load(job.row_best + at);
-            if constexpr (ARGMAX) {
-                const typename Vec::M row_takes = Vec::beats(score, row_best);
-                Vec::store(job.row_best + at, Vec::blend(row_takes, score, row_best));
-                const typename Vec::I panels = Vec::iload(job.row_panel + at);
-                Vec::istore(job.row_panel + at,
-                            Vec::iblend(row_takes, Vec::iset1(job.index), panels));
-                const typename Vec::M lane_takes = Vec::beats(score, lane_best);
-                lane_best = Vec::blend(lane_takes, score, lane_best);
-                lane_row = Vec::iblend(lane_takes, Vec::iset1(first_row + r), lane_row);
-            } else {
-                Vec::store(job.row_best + at, Vec::max(score, row_best));
-                lane_best = Vec::max(score, lane_best);
-            }
+            fold_row<Vec, ARGMAX>(job, score, first_row + r, first_row + r, offset, lanes);
         }
-        Vec::store(job.lane_best + offset, lane_best);
-        if constexpr (ARGMAX) Vec::istore(job.lane_row + offset, lane_row);
+        nan = Vec::either(nan, lanes.nan);
+        Vec::store(job.lane_best + offset, lanes.best);
+        if constexpr (ARGMAX) Vec::istore(job.lane_row + offset, lanes.row);
     }
     return Vec::any(nan);
 }
@@ -165,9 +184,13 @@ void pack_panel(const void* features, int64_t token_stride, const int32_t* place
     }
 }
 
+#include "cpu/maxsim_shared_kernel.h"
+#include "cpu/maxsim_turned_kernel.h"
+
 template <class Vec>
 MaxSimKernels<typename Vec::T, typename Vec::E> kernels_over() {
-    return {2 * Vec::kWidth, Vec::kMaxRows, score_panel<Vec>, reduce_rows<Vec>};
+    return {2 * Vec::kWidth,  Vec::kMaxRows,     score_panel<Vec>,
+            reduce_rows<Vec>, score_turned<Vec>, score_shared<Vec>};
 }
 
 template <class Vec>
@@ -178,5 +201,7 @@ MaxSimKernels<float> f32_kernels_over() {
     kernels.pack_f16 = pack_panel<Vec, Half>;
     kernels.pack_i8 = pack_panel<Vec, int8_t>;
     kernels.pack_f8 = pack_panel<Vec, Float8>;
+    kernels.turned_bf16 = score_turned<Vec, BFloat16>;
+    kernels.turned_f16 = score_turned<Vec, Half>;
     return kernels;
 }

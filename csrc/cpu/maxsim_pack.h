@@ -14,11 +14,14 @@ namespace bagformer {
 struct Places {
     std::vector<int32_t> index;
     int32_t first_masked = -1;  // -1: none is masked
+    int64_t whole = -1;         // of so many tokens all are here, none having had a mask
 
     int32_t count() const { return static_cast<int32_t>(index.size()); }
 
     // `mask` points at the first token's flag; null: all `tokens` count.
     void find(const uint8_t* mask, int64_t stride, int64_t tokens) {
+        if (mask == nullptr && whole == tokens) return;
+        whole = mask == nullptr ? tokens : -1;
         index.clear();
         first_masked = -1;
         for (int64_t token = 0; token < tokens; ++token) {
@@ -80,28 +83,22 @@ struct Rows {
     int64_t token_stride, stride, depth;
 };
 
+// One token row into column[d * width].
+template <class E, class In>
+void interleave_row(const Rows<In>& rows, int32_t place, int width, E* column) {
+    const int64_t depth = Packed<E>::depth(rows.depth);
+    const In* source = rows.features + place * rows.token_stride;
+    for (int64_t d = 0; d < depth; ++d)
+        column[d * width] = Packed<E>::at(source, rows.stride, d, rows.depth);
+}
+
 // `count` token rows side by side: out[d * width + row] for row < count, zero up to width.
 template <class E, class In>
 void interleave(const Rows<In>& rows, const int32_t* places, int count, int width, E* out) {
     const int64_t depth = Packed<E>::depth(rows.depth);
-    for (int row = 0; row < width; ++row) {
-        E* column = out + row;
-        const In* source = rows.features + (row < count ? places[row] * rows.token_stride : 0);
-        for (int64_t d = 0; d < depth; ++d)
-            column[d * width] =
-                row < count ? Packed<E>::at(source, rows.stride, d, rows.depth) : E{};
-    }
-}
-
-// Text tiles behind each other; `out` has room for count * depth.
-template <class E, class In>
-void pack_text(const Rows<In>& rows, const Places& places, int max_rows, E* out) {
-    for (int row = 0, tile = 0; row < places.count(); ++tile) {
-        const int height = tile_height(places.count(), tile, max_rows);
-        interleave(rows, places.index.data() + row, height, height,
-                   out + row * Packed<E>::depth(rows.depth));
-        row += height;
-    }
+    for (int row = 0; row < count; ++row) interleave_row(rows, places[row], width, out + row);
+    for (int row = count; row < width; ++row)
+        for (int64_t d = 0; d < depth; ++d) out[d * width + row] = E{};
 }
 
 // Image panels behind each other; `out` has room for whole panels. `quick` may be null.

@@ -2,6 +2,7 @@
 // whatever vectors the baseline has.
 #include <cstdint>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/maxsim.h"
 #include "cpu/numbers.h"
@@ -119,7 +120,8 @@ AddScaled scalar_add_f64() { return add_scaled<double, double>; }
 const CpuKernels& kernels_of(Isa isa) {
 #if BAGFORMER_X86
     if (isa == Isa::avx512bf16) return avx512bf16_kernels();
-    if (isa == Isa::avx512) return avx512_kernels();
+    // VNNI multiplies int8 alone: see maxsim_int8.h
+    if (isa == Isa::avx512 || isa == Isa::avx512vnni) return avx512_kernels();
     if (isa == Isa::avx2) return avx2_kernels();
 #endif
     (void)isa;

@@ -42,20 +42,25 @@ def maxsim_backward(
     if precision == "bf16":
         text, image, precision = text.to(torch.bfloat16), image.to(torch.bfloat16), "ieee"
     text, image = (x if x.stride(-1) == 1 else x.contiguous() for x in (text, image))
-    # what no program owns (masked tokens) stays zero
-    grad_text, grad_image = (
-        x.new_zeros(x.shape if wanted else [0] * x.dim(), dtype=dtype)
-        for x, wanted in zip(kept, (wants_text, wants_image), strict=True)
-    )
-    if grads == (None, None) or text.numel() == 0 or image.numel() == 0:
-        return grad_text, grad_image
-    masks, settings = (text_mask, image_mask), (mean, precision)
     chosen = text_argmax, image_argmax
-    missing = [
+    missing = any(
         grad is not None and (index is None or index.numel() == 0)
         for grad, index in zip(grads, chosen, strict=True)
-    ]
-    if any(missing):
+    )
+    nothing = grads == (None, None) or text.numel() == 0 or image.numel() == 0
+    # what no program owns (masked tokens) stays zero; without a mask everything is written
+    grad_text, grad_image = (
+        (x.new_zeros if mask is not None or nothing or missing else x.new_empty)(
+            x.shape if wanted else [0] * x.dim(), dtype=dtype
+        )
+        for x, mask, wanted in zip(
+            kept, (text_mask, image_mask), (wants_text, wants_image), strict=True
+        )
+    )
+    if nothing:
+        return grad_text, grad_image
+    masks, settings = (text_mask, image_mask), (mean, precision)
+    if missing:
         _recompute(grads, text, image, masks, mask_mode, settings, grad_text, grad_image)
     else:
         plans = compact_both(text_mask, image_mask)

@@ -11,7 +11,7 @@ from bagformer.kernels import scoring
 from bagformer.kernels.maxsim_quantized import exactly
 from support.judging import judge
 
-from bagformer import reference
+from bagformer import maxsim_quantized, quantize_features, reference
 
 FORMATS = tuple(reference.QUANTIZED_DTYPES)
 # texts, bags, images, patches, width
@@ -109,3 +109,14 @@ def test_every_fp8_code_by_arithmetic(dtype, device):
     want = codes.view(torch.float8_e4m3fn).to(dtype)
     assert torch.equal(out.isnan(), want.isnan()) and want.isnan().sum() == 2
     assert torch.equal(out.nan_to_num(), want.nan_to_num())
+
+
+def test_int8_texts_are_refused(device):
+    stored = [
+        quantize_features(torch.randn(2, 3, 8).to(device)),
+        quantize_features(torch.randn(2, 5, 8).to(device)),
+    ]
+    with pytest.raises(
+        ValueError, match=r"backend='triton': .*bfloat16 and float16, got torch.int"
+    ):
+        maxsim_quantized(*stored, backend="triton")

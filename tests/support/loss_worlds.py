@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import datetime
+import math
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from support.models import make_inputs, tiny_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bagformer import BagwiseContrastiveLoss
+from bagformer.losses.collectives import logsumexp_over
 from bagformer.training.gradient_cache import average_gradients, cached_step
 
 SIZE = 6
@@ -85,7 +89,7 @@ def step(
     leaves = {name: batch[name].clone().requires_grad_() for name in ("text", "image")}
     turned = {name: (leaf.mT * 1.0).mT for name, leaf in leaves.items()}
     value = loss(**{**batch, **turned})
-    value.backward()
+    (1.5 * value).backward()
     found = {"loss": value.detach(), **{name: leaf.grad for name, leaf in leaves.items()}}
     return found | {name: p.grad for name, p in loss.named_parameters()}
 
@@ -166,14 +170,76 @@ def refusal(rank: int, gather: str, group: Any) -> str:
     hidden = positives.clone()
     hidden[rank, :] = rank == 0
     tried.append((text, image, None, None, hidden))
-    said = []
-    for arguments in tried:
-        try:
-            BagwiseContrastiveLoss(gather=gather, process_group=group)(*arguments)
-            said.append("nothing")
-        except (RuntimeError, TypeError, ValueError) as error:
-            said.append(f"{type(error).__name__}: {error}")
+    loss = BagwiseContrastiveLoss(gather=gather, process_group=group)
+    said = [_says(lambda arguments=arguments: loss(*arguments)) for arguments in tried]
     return "\n".join(said)
+
+
+def _says(call: Any) -> str:
+    try:
+        call()
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def disagreements(rank: int, group: Any) -> list[str]:
+    """What the loss says where each process's arguments are good, but not those of the others."""
+    text, image, ids = torch.ones(2, 3, 4), torch.ones(2, 5, 4), torch.arange(2)
+    made = partial(BagwiseContrastiveLoss, process_group=group)
+    first = rank == 0
+    labels = {"text_ids" if first else "image_ids": ids}
+    wanting = text.clone().requires_grad_(first), image.clone().requires_grad_()
+    tried = [
+        partial(made(gather="ring"), text, image, **labels),
+        partial(made(gather="local" if first else "ring"), text, image),
+        partial(made("both" if first else "text_to_image", gather="local"), text, image),
+        partial(made(gather="ring", objective="softmax" if first else "sigmoid"), text, image),
+        partial(made(gather="ring"), *wanting),
+        partial(made(gather="local", temperature=None if first else "learn"), text, image),
+    ]
+    return [_says(call) for call in tried]
+
+
+def model_losses(inputs: dict[str, Any], positives: Tensor, gather: str, group: Any) -> Any:
+    """``loss_twc`` and ``loss_ita`` of a small model, the same in every process."""
+    model = tiny_model(use_itm_head=False).double()
+    model.gather_losses(gather, group)
+    output = model(**inputs, positives=positives, return_loss=True)
+    return output.loss_twc.detach(), output.loss_ita.detach()
+
+
+def model_batch() -> tuple[dict[str, Any], Tensor]:
+    """Four pairs, of which the first text suits two pictures, one of the other process."""
+    inputs, positives = make_inputs(4), torch.eye(4, dtype=torch.bool)
+    inputs["pixel_values"] = inputs["pixel_values"].double()
+    positives[0, 2] = True
+    return inputs, positives
+
+
+def in_a_model(rank: int, group: Any) -> dict[str, Any]:
+    """The losses of half a batch, and what is said where process 1 labels it wrongly."""
+    inputs, positives = model_batch()
+    mine = slice(2 * rank, 2 * rank + 2)
+    half = {name: value[mine] for name, value in inputs.items()}
+    found: dict[str, Any] = {
+        gather: model_losses(half, positives[mine], gather, group) for gather in ("local", "ring")
+    }
+    narrow = positives[mine, : 4 - rank]
+    found["refusals"] = [
+        _says(partial(model_losses, half, narrow, "local", group)),
+        _says(partial(model_losses, half, [[True]] if rank else positives[mine], "ring", group)),
+    ]
+    return found
+
+
+# Of each of three processes: far apart, all without a number, one NaN.
+EXPONENTS = [
+    [0.0, 1e3, -math.inf, 5.0, 1.0],
+    [1e3, -1e3, -math.inf, -math.inf, math.nan],
+    [2.0] * 5,
+]
+EXPONENTS[2][2] = -math.inf
 
 
 def _cases(rank: int, group: Any, cases: list[Case], gathers: tuple[str, ...]) -> dict[str, Any]:
@@ -195,10 +261,11 @@ def _work(rank: int, folder: str, two: list[Case], three: list[Case]) -> None:
         init_method=f"file://{folder}/meet",
         rank=rank,
         world_size=3,
-        timeout=datetime.timedelta(seconds=240),
+        timeout=datetime.timedelta(seconds=60),
     )
     pair = dist.new_group([0, 1])
     found = {"three": _cases(rank, dist.group.WORLD, three, ("ring",))}
+    found["log-sum-exp"] = logsumexp_over(torch.tensor(EXPONENTS[rank]), dist.group.WORLD)
     found["largest"] = {gather: largest(rank, gather) for gather in ("local", "ring")}
     if rank < 2:
         found["two"] = _cases(rank, pair, two, ("none", "local", "ring"))
@@ -206,6 +273,8 @@ def _work(rank: int, folder: str, two: list[Case], three: list[Case]) -> None:
             gather: cached_step_of_model(two[0], batches(two[0])[rank], gather, pair)
             for gather in ("local", "ring")
         }
+        found["model"] = in_a_model(rank, pair)
+        found["disagreements"] = disagreements(rank, pair)
         found["refusals"] = {gather: refusal(rank, gather, pair) for gather in ("local", "ring")}
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()

@@ -41,6 +41,15 @@ def make_trainer(tree: dict[str, Any], **options: Any) -> Any:
     return Trainer(from_tree(tree, {}), **options)
 
 
+def run_as_process(rank: int, trees: list[dict[str, Any]], ports: list[int]) -> None:
+    """As torchrun would start process ``rank`` of two: one run after the other."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ["MASTER_ADDR"] = "127.0.0.1"
+    for tree, port in zip(trees, ports, strict=True):
+        os.environ["MASTER_PORT"] = str(port)
+        make_trainer(tree).run()
+
+
 def read_rows(output: Path, kind: str) -> list[dict[str, Any]]:
     """Lines of one kind of ``log.jsonl``, without what depends on the clock."""
     timed = {"time", "seconds", "data_s", "step_s", "pictures_per_s", "tokens_per_s"}
