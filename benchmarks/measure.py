@@ -22,6 +22,7 @@ LIMIT = {"float32": 2e-5, "bfloat16": 2e-2}
 # elsewhere then. That is an error, and is recorded, but no reason not to time a rival.
 RIVALS_STEP = {"float32": 2e-5, "bfloat16": 0.5}
 SIDE = 2048
+COPIED = 1 << 26  # float32 numbers
 ROUNDS, FEWEST, SECONDS = 9, 3, 9.0
 
 
@@ -166,7 +167,7 @@ def _figures(
 
 def copy_rate() -> float:
     """Bytes read and written a second, in GB, of copying 256 MB."""
-    source = torch.ones(1 << 26)
+    source = torch.ones(COPIED)
     target, best = torch.empty_like(source), float("inf")
     for _ in range(4):
         begin = time.perf_counter()
