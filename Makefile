@@ -37,6 +37,7 @@ format: $(VENV)/installed-test
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/run.py --quick
+	$(BIN)/python -m pytest benchmarks/bench_cpu.py --benchmark-max-time=0.2 --benchmark-columns=median,iqr,rounds
 	$(BIN)/python benchmarks/segmentation.py --vocabulary bagformer/assets/vocab.txt \
 		--dictionary bagformer/assets/iconpark_sample/entities.txt
 

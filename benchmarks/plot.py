@@ -18,10 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PLOTS = ROOT / "benchmarks" / "results", ROOT / "docs" / "plots"
 COLOURS = {"ours": "#1b7837", "seed_loops": "#999999", "einsum": "#4393c3"}
 COLOURS |= {"compiled_einsum": "#92c5de", "per_image_matmul": "#d6604d"}
+OPERATIONS = {"maxsim": "o", "maxsim_topk": "s", "bag_pool": "^", "l2_normalize": "v"}
 
 
 def _bars(axes: Any, result: dict[str, Any], value: str, label: str) -> None:
-    rows = [row for row in result["rows"] if value in row["contenders"]["ours"]]
+    rows = [
+        row
+        for row in result["rows"]
+        if row["op"] == "maxsim" and value in row["contenders"]["ours"]
+    ]
     names = [f"{row['name']}, {row['dtype']}" for row in rows]
     height = 0.8 / len(COLOURS)
     for place, (who, colour) in enumerate(COLOURS.items()):
@@ -48,6 +53,32 @@ def memory(axes: Any, result: dict[str, Any]) -> None:
     axes.set_xscale("symlog")
 
 
+def roofline(axes: Any, result: dict[str, Any]) -> None:
+    """Ours under its two ceilings: the processor's multiply-adds and the rate of copying."""
+    rows = [row for row in result["rows"] if row["threads"] == 1 and row["isa"] is None]
+    for dtype, colour in (("float32", "#2166ac"), ("bfloat16", "#b2182b")):
+        own = [row for row in rows if row["dtype"] == dtype]
+        peaks = sorted(row["peak_gflops"] for row in own if row["peak_gflops"])
+        copies = sorted(row["copy_gbytes"] for row in own)
+        if peaks:
+            peak, copy = peaks[len(peaks) // 2], copies[len(copies) // 2]
+            ends = [0.05, peak / copy, 4000.0]
+            axes.plot(ends, [copy * ends[0], peak, peak], color=colour, label=f"limit, {dtype}")
+        for op, marker in OPERATIONS.items():
+            found = [
+                (row["flops"] / row["bytes"], row["contenders"]["ours"]["gflops"])
+                for row in own
+                if row["op"] == op and "gflops" in row["contenders"]["ours"]
+            ]
+            if found:
+                axes.scatter(*zip(*found, strict=True), s=22, color=colour, marker=marker, label=op)
+    axes.set_xscale("log")
+    axes.set_yscale("log")
+    axes.set_xlabel("useful operations for each byte of inputs and results")
+    axes.set_ylabel("useful GFLOP/s, one thread")
+    axes.legend(fontsize=7)
+
+
 def recall(axes: Any, result: dict[str, Any]) -> None:
     for place, kind in enumerate(("valid", "valid_unseen")):
         rows = [row[f"{kind} R@1"] for row in result["summary"]]
@@ -68,6 +99,7 @@ def recall(axes: Any, result: dict[str, Any]) -> None:
 DRAWN: dict[str, tuple[str, Callable[[Any, dict[str, Any]], None]]] = {
     "speed": ("cpu.json", speed),
     "memory": ("cpu.json", memory),
+    "roofline": ("cpu.json", roofline),
     "recall": ("learning.json", recall),
 }
 
@@ -87,7 +119,7 @@ def draw(name: str) -> None:
     matplotlib.rcParams["svg.hashsalt"] = "bagformer"
     file, function = DRAWN[name]
     result = json.loads((RESULTS / file).read_text(encoding="utf-8"))
-    tall = 7.5 if file == "cpu.json" else 4.0
+    tall = 7.5 if name in ("speed", "memory") else 4.0
     figure, axes = pyplot.subplots(figsize=(7.5, tall), layout="constrained")
     function(axes, result)
     described = {"Date": None, "Description": source_of(file)}

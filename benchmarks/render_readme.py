@@ -8,46 +8,20 @@ replaced. With ``--check`` nothing is written, and the exit status is 1 if a pag
 
 from __future__ import annotations
 
-import json
 import re
 import sys
-from pathlib import Path
-from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results"
+import render_cpu
+from rendering import RESULTS, ROOT, caption, load, table
+
 PAGES = tuple(ROOT / page for page in ("README.md", "docs/maxsim.md", "docs/benchmarks.md"))
-
-
-DTYPES = ("float32", "bfloat16")
-
-
-def _load(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _table(head: list[str], rows: list[list[str]]) -> str:
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _caption(result: dict[str, Any], file: str) -> str:
-    machine, versions = result["machine"], result["versions"]
-    named = ", ".join(
-        f"{name} {number}" for name, number in versions.items() if name != "bagformer"
-    )
-    threads = machine["threads"]
-    return (
-        f"{machine['processor']} ({machine['capability']}), {threads} thread{'s' * (threads > 1)}, "
-        f"{named}, {result['date']}, commit {result['commit'][:8]} "
-        f"([{file}](benchmarks/results/{file}))"
-    )
+DTYPES, DOCS = ("float32", "bfloat16"), "../"
 
 
 def tiny() -> str:
     """Recall of the shipped model, from what its training script measured."""
     path = ROOT / "bagformer" / "assets" / "tiny" / "metrics.json"
-    metrics = _load(path)
+    metrics = load(path)
     names = {
         "sample": "pairs of words that training never joined",
         "sample_unseen": "words that training never saw",
@@ -61,70 +35,14 @@ def tiny() -> str:
         f"The shipped model was trained from nothing in minutes on two cores, on the other themes "
         f"of the same icons. Text to picture, among {metrics['sample']['pictures']} pictures "
         f"([metrics.json]({path.relative_to(ROOT)}), which `bagformer demo` measures again):\n\n"
-        + _table(["", "R@1", "R@5", "R@10"], rows)
+        + table(["", "R@1", "R@5", "R@10"], rows)
     )
-
-
-RIVALS = {
-    "seed_loops": "the original's loops",
-    "einsum": "einsum + amax",
-    "compiled_einsum": "that, compiled",
-    "per_image_matmul": "a matmul an image",
-}
-
-
-def _against(found: dict[str, Any], name: str) -> str:
-    ratio = found.get(name, {}).get("over_ours")
-    return "" if ratio is None else f"{ratio:.1f} x"
-
-
-def cpu() -> str:
-    """Every case of the suite: ours, and how many times as long the others take."""
-    file = "cpu.json"
-    result, rows = _load(RESULTS / file), []
-    for row in result["rows"]:
-        found = row["contenders"]
-        label = row["name"] + (f", D={row['width']}" if "D=" not in row["name"] else "")
-        share = found["ours"].get("of_matmul")
-        rows.append(
-            [f"{label}, {row['dtype']}", f"{found['ours']['ms']:.1f} ms"]
-            + ["" if share is None else f"{share:.2f}"]
-            + [_against(found, name) for name in RIVALS]
-            + [
-                f"{found[name]['peak_extra_mb']:.0f}" if "peak_extra_mb" in found[name] else ""
-                for name in ("ours", "einsum")
-            ]
-        )
-    head = ["texts x images", "`maxsim`", "of torch's matmul", *RIVALS.values()]
-    return (
-        f"Texts of 25 bags, pictures of 257 patches, both directions; a step is scores and "
-        f"gradients. Medians, in turn within one run; rivals' columns are their time over ours. "
-        f'"Of torch\'s matmul" is the rate of useful operations over that of a 2,048 x 2,048 x '
-        f"2,048 product in the same run and dtype. {_caption(result, file)}.\n\n"
-        + _table([*head, "extra MB", "einsum's"], rows)
-        + "\n\n"
-        + _goals(result["rows"])
-    )
-
-
-def _goals(rows: list[dict[str, Any]]) -> str:
-    """The goals that were missed, or that none was."""
-    judged = [(row, goal) for row in rows for goal in row["goals"] if goal["met"] is not None]
-    missed = [
-        f"{row['name']}, {row['dtype']}, {RIVALS.get(goal['against'], goal['against'])}: "
-        f"{goal['reached']:.2f}, {'at most' if 'most' in goal else 'at least'} "
-        f"{goal.get('most', goal.get('least')):.2f} was set"
-        for row, goal in judged
-        if not goal["met"]
-    ]
-    words = "; ".join(missed) if missed else "none"
-    return f"Of {len(judged)} goals set beforehand, missed: {words}."
 
 
 def learning() -> str:
     """Recall of four interactions, mean and spread over seeds."""
     file = "learning.json"
-    result, rows = _load(RESULTS / file), []
+    result, rows = load(RESULTS / file), []
     for row in result["summary"]:
         rows.append(
             [row["variant"]]
@@ -138,15 +56,15 @@ def learning() -> str:
         f"Recall in percent among 2,000 pictures, mean and standard deviation of three seeds; the "
         f"same encoders, drawings, objective and budget ({steps['words']['steps']} and "
         f"{steps['pictures']['steps']} steps, under a third of the shipped model's). "
-        f"{_caption(result, file)}.\n\n"
-        + _table(["", "pairs R@1", "R@10", "unseen words R@1", "R@10"], rows)
+        f"{caption(result, file)}.\n\n"
+        + table(["", "pairs R@1", "R@10", "unseen words R@1", "R@10"], rows)
     )
 
 
 def loss() -> str:
     """Memory and speed of the loss against autograd of einsum."""
     file = "loss_cpu.json"
-    result, rows = _load(RESULTS / file), []
+    result, rows = load(RESULTS / file), []
     for dtype, part in result["results"].items():
         ours, eager = part["ours"], part["eager"]
         peaks = [f"{side['peak_extra_mb']:,.0f} MB" for side in (ours, eager)]
@@ -155,15 +73,15 @@ def loss() -> str:
     shape = result["shape"]
     return (
         f"The loss of {shape['batch']} texts and {shape['batch']} pictures and its gradients, "
-        f"against autograd through einsum. {_caption(result, file)}.\n\n"
-        + _table(["", "as fast", "extra memory", "einsum's", "share"], rows)
+        f"against autograd through einsum. {caption(result, file)}.\n\n"
+        + table(["", "as fast", "extra memory", "einsum's", "share"], rows)
     )
 
 
 def segmentation() -> str:
     """Cutting texts into bags, ours against pyahocorasick's walk."""
     file = "segmentation.json"
-    result = _load(RESULTS / file)
+    result = load(RESULTS / file)
     rows = []
     for kind, label in (("full_texts", "25 tokens"), ("short_texts", "a query in 25 tokens")):
         ours, walk = (result[kind][who]["us_per_text"] for who in ("bagformer", "pyahocorasick"))
@@ -174,14 +92,14 @@ def segmentation() -> str:
     return (
         f"Bags of {result['texts']:,} texts over {result['entities']:,} entities; pyahocorasick's "
         f"own longest-match walk over the same ids, without making bags of it. "
-        f"{_caption(result, file)}.\n\n" + _table(["", "bagformer", "pyahocorasick"], rows)
+        f"{caption(result, file)}.\n\n" + table(["", "bagformer", "pyahocorasick"], rows)
     )
 
 
 def quantized() -> str:
     """Features in eight bits: accuracy, bytes and speed of each form, in docs/maxsim.md."""
     file = "quantized.json"
-    result, rows = _load(RESULTS / file), []
+    result, rows = load(RESULTS / file), []
     forms = [result[kind]["forms"] for kind in ("sample", "random")]
     times = [
         result["times"][name]["forms"] for name in ("one text with many pictures", "all pairs")
@@ -198,14 +116,13 @@ def quantized() -> str:
         )
     head = ["", "bytes of a picture", "R@1, sample", "top 10 kept", "error", "top 10 kept, random"]
     head += ["error", "one text, 512 pictures", "64 texts, 64 pictures"]
-    caption = _caption(result, file).replace("(benchmarks/", "(../benchmarks/")
-    return f"{_table(head, rows)}\n\n{caption}."
+    return f"{table(head, rows)}\n\n{caption(result, file, DOCS)}."
 
 
 def screen() -> str:
     """What an int8 screen skips and takes, in docs/benchmarks.md."""
     file = "screen.json"
-    result, rows = _load(RESULTS / file), []
+    result, rows = load(RESULTS / file), []
     for name, found in result["sets"].items():
         count, patches, width = found["shape"]["pictures"]
         label = f"{name}: {count:,} x {patches} x {width}, {found['shape']['bags']:g} bags"
@@ -218,15 +135,16 @@ def screen() -> str:
                 + [f"{times[f'screened over {dtype}, k={k}']:.2f} x" for dtype in DTYPES]
             )
     head = ["", "skipped", "tiles", "`maxsim_topk`", "screened", "faster", "than bfloat16"]
-    caption = _caption(result, file).replace("(benchmarks/", "(../benchmarks/")
-    return f"{_table(head, rows)}\n\n{caption}."
+    return f"{table(head, rows)}\n\n{caption(result, file, DOCS)}."
 
 
 def render(text: str) -> str:
     """``text`` with every marked part written anew. Raises KeyError for an unknown name."""
     parts = {
         "tiny": tiny,
-        "cpu": cpu,
+        "cpu": render_cpu.scores,
+        "operations": render_cpu.operations,
+        "packages": render_cpu.packages,
         "quantized": quantized,
         "screen": screen,
         "segmentation": segmentation,

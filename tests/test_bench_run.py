@@ -6,6 +6,7 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,38 +14,96 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
+LIMIT = {"float32": 2e-5, "bfloat16": 2e-2}
 
 
 @pytest.fixture
 def suite(monkeypatch):
     """benchmarks/run.py with the contenders that take no warm-up."""
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    run = importlib.import_module("run")
-    quick = tuple(one for one in run.CONTENDERS if not one.package and "compiled" not in one.name)
-    monkeypatch.setattr(run, "CONTENDERS", quick)
+    run, measure = importlib.import_module("run"), importlib.import_module("measure")
+    for name, op in measure.OPS.items():
+        quick = [one for one in op.contenders if not one.package and "compiled" not in one.name]
+        monkeypatch.setitem(measure.OPS, name, replace(op, contenders=tuple(quick)))
+    monkeypatch.setattr(measure, "SIDE", 128)
+    monkeypatch.setattr(measure, "COPIED", 1 << 16)
     threads = torch.get_num_threads()
     yield run
     torch.set_num_threads(threads)
 
 
-def test_every_case_is_judged_and_timed(suite):
+def contend(monkeypatch, suite, *contenders):
+    """Let these, behind ours, take part in ``maxsim``."""
+    op = suite.OPS["maxsim"]
+    monkeypatch.setitem(suite.OPS, "maxsim", replace(op, contenders=contenders))
+
+
+@pytest.fixture(scope="module")
+def library(tmp_path_factory):
+    """The compiled chains of multiply-adds."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(BENCHMARKS))
+        built = importlib.import_module("peak").build(tmp_path_factory.mktemp("peak"))
+    if built is None:
+        pytest.skip("no C++ compiler, or one that cannot build benchmarks/peak.cpp")
+    return built
+
+
+RIVALS = {
+    "maxsim": {"seed_loops", "einsum", "per_image_matmul"},
+    "maxsim_topk": {"seed_loops", "einsum", "maxsim_then_topk"},
+    "bag_pool": {"seed_loops", "index_add", "segment_reduce"},
+    "l2_normalize": {"functional_normalize"},
+}
+
+
+def test_every_kind_of_case_is_judged_and_timed(suite):
     for case in {(c.kind, c.dtype): c for c in suite.CASES}.values():
         small = case.tiny()
         found = suite.measure(small, 3, 0.1)
         ours = found["contenders"]["ours"]
-        assert ours["ms"] > 0 and ours["error"] <= suite.LIMIT[case.dtype], case
-        assert {"seed_loops", "einsum", "per_image_matmul"} <= found["contenders"].keys()
-        assert all("ms" in row for row in found["contenders"].values()), found["contenders"]
+        assert ours["ms"] > 0 and ours["error"] <= LIMIT[case.dtype], case
+        assert RIVALS[case.op] <= found["contenders"].keys()
+        told = [row for name, row in found["contenders"].items() if name != "ours_nested"]
+        assert all("ms" in row for row in told), found["contenders"]
         assert found["matmul_gflops"] > 0 and found["copy_gbytes"] > 0
+        nested = found["contenders"].get("ours_nested", {})
+        assert ("ms" in nested) == (case.kind == "nested")
+
+
+def test_the_peak_is_the_processors(suite, library):
+    peak = importlib.import_module("peak")
+    if peak.level_of("float32") not in peak.WORK:
+        pytest.skip("our kernels run without vector instructions here")
+    found = suite.measure(suite.CASES[0].tiny(), 3, 0.1, library=library)
+    assert found["peak_of"] == peak.level_of("float32") and found["peak_gflops"] > 1
+    assert 0 <= found["contenders"]["ours"]["of_peak"] < 1
+
+
+def test_useful_work_is_counted_once_and_padding_never(suite):
+    ragged = next(case for case in suite.CASES if case.kind == "ragged")
+    assert int(ragged.bag_counts().sum()) == 8 * sum(range(3, 11))
+    assert ragged.flops == 2.0 * 416 * 64 * 257 * 256
+    nested = next(case for case in suite.CASES if case.kind == "nested")
+    counts = nested.patch_counts()
+    assert counts.min() >= 100 and counts.max() <= 257 and counts.unique().numel() > 30
+    arguments = suite.OPS["maxsim"].arguments(nested)
+    assert torch.equal(arguments[3].sum(1), counts) and arguments[2] is None
+    pool = next(case for case in suite.CASES if case.kind == "pool")
+    hidden, offsets = suite.OPS["bag_pool"].arguments(pool)
+    assert pool.flops == hidden.numel()
+    assert pool.bytes == 4 * (hidden.numel() + 256 * 25 * 768)
+    assert (offsets[:, -1] == 50).all() and bool((offsets.diff(dim=1) == 0).any())
 
 
 def test_a_wrong_kernel_ends_the_run(suite, monkeypatch, tmp_path):
-    def wrong(text, image, mask=None):
-        good = suite.CONTENDERS[1].make(suite.CASES[0])(text, image, mask)
-        return good[0], good[1] * 1.001
+    good = {one.name: one for one in suite.OPS["maxsim"].contenders}["seed_loops"]
 
-    broken = suite.Contender("ours", lambda case: wrong)
-    monkeypatch.setattr(suite, "CONTENDERS", (broken, *suite.CONTENDERS[1:]))
+    def wrong(*arguments):
+        found = good.make(suite.CASES[0])(*arguments)
+        return found[0], found[1] * 1.001
+
+    contend(monkeypatch, suite, replace(good, name="ours", make=lambda case: wrong), good)
     found = suite.measure(suite.CASES[0].tiny(), 3, 0.1)
     assert found["wrong"].startswith("wrong: error 0.00")
     monkeypatch.setattr(suite, "_child", lambda *_: found)
@@ -57,14 +116,18 @@ def test_a_rival_that_is_wrong_absent_or_broken_is_written_down(suite, monkeypat
     def raises(case):
         raise RuntimeError("no driver")
 
+    ours = suite.OPS["maxsim"].contenders[0]
+    off = replace(ours, name="off", make=lambda case: lambda *_: (torch.zeros(4, 5), None))
     rivals = (
-        suite.Contender("off", lambda case: lambda *_: (torch.zeros(4, 5), None)),
-        suite.Contender("absent", raises, package="no_such_package"),
-        suite.Contender("broken", raises),
+        off,
+        replace(off, name="rough", inexact=1.0),
+        replace(ours, name="absent", make=raises, package="no_such_package"),
+        replace(ours, name="broken", make=raises),
     )
-    monkeypatch.setattr(suite, "CONTENDERS", (suite.CONTENDERS[0], *rivals))
-    found = suite.measure(suite.CASES[0].tiny(), 3, 0.1)["contenders"]
+    contend(monkeypatch, suite, ours, *rivals)
+    found = suite.measure(replace(suite.CASES[0].tiny(), texts=4, images=5), 3, 0.1)["contenders"]
     assert found["off"] == {"skipped": "wrong: error 1"}
+    assert found["rough"]["error"] == 1 and found["rough"]["ms"] > 0
     assert found["absent"] == {"skipped": "no_such_package is not installed"}
     assert found["broken"] == {"skipped": "raised RuntimeError: no driver"}
 
@@ -80,8 +143,8 @@ def test_a_stop_leaves_what_was_measured(suite, monkeypatch, tmp_path):
         return {} if what == "memory" else json.loads(json.dumps(done))
 
     monkeypatch.setattr(suite, "_child", child)
-    lonely = suite.Contender("lonely", lambda case: "", alone=True)
-    monkeypatch.setattr(suite, "CONTENDERS", (*suite.CONTENDERS, lonely))
+    ours = suite.OPS["maxsim"].contenders[0]
+    contend(monkeypatch, suite, ours, replace(ours, name="lonely", alone=True))
     out = tmp_path / "out.json"
     with pytest.raises(KeyboardInterrupt):
         suite.main(["--out", str(out)])
@@ -97,7 +160,14 @@ def test_a_case_runs_in_a_process_of_its_own(suite):
     case = suite.CASES[0]
     found = suite._child(0, "memory", case, ["--tiny"])
     assert found["ours"] >= 0 and "einsum" in found
-    assert "failed" in suite._child(0, "time", type(case)(**{**case.__dict__, "isa": "mmx"}), [])
+    assert "failed" in suite._child(0, "time", replace(case, isa="mmx"), [])
+
+
+def test_the_entries_for_pytest_benchmark_run():
+    command = [sys.executable, "-m", "pytest", "-q", BENCHMARKS / "bench_cpu.py"]
+    chosen = ["-k", "l2_normalize and not compiled and not step", "--benchmark-disable"]
+    done = subprocess.run([*command, *chosen], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and "4 passed" in done.stdout, done.stdout + done.stderr
 
 
 def test_plots_are_of_the_committed_results():

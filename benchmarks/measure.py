@@ -1,0 +1,208 @@
+"""Judges the contenders of one case, then times them in turn; run.py starts this in a process."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import peak
+import torch
+from cases import Arguments, Call, Case, Contender, with_gradients
+from registry import OPS
+
+from bagformer import explain_backend
+
+LIMIT = {"float32": 2e-5, "bfloat16": 2e-2}
+# Who rounds similarities to bfloat16 may name another winner of a near tie, whose gradient goes
+# elsewhere then. That is an error, and is recorded, but no reason not to time a rival.
+RIVALS_STEP = {"float32": 2e-5, "bfloat16": 0.5}
+SIDE = 2048
+COPIED = 1 << 26  # float32 numbers
+ROUNDS, FEWEST, SECONDS = 9, 3, 9.0
+
+
+@dataclass
+class Judged:
+    """Calls that gave the right answer on a small part of the case, each with its own layout of
+    the inputs, and what became of every contender."""
+
+    calls: dict[str, tuple[Call, Arguments]] = field(default_factory=dict)
+    report: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+def _wide(arguments: Arguments) -> Arguments:
+    return tuple(
+        one.double() if isinstance(one, torch.Tensor) and one.is_floating_point() else one
+        for one in arguments
+    )
+
+
+def error_of(call: Call, one: Contender, case: Case) -> float:
+    """Largest error relative to the largest value, over results and, of a step, gradients."""
+    op = OPS[case.op]
+    given = op.arguments(case)
+    wide = _wide(given)
+    found = list(zip(call(*one.layout(*given)), op.truth(*wide), strict=True))
+    if case.step:
+        mine = with_gradients(call, op.leaves)(*given)
+        found += zip(mine, with_gradients(op.truth, op.leaves)(*wide), strict=True)
+    errors = [0.0]
+    for result, true in found:
+        if result is not None and true is not None:
+            errors.append(((result.double() - true).abs().max() / true.abs().max()).item())
+    return max(errors)
+
+
+def _refused(one: Contender, case: Case, judged: Judged) -> str | None:
+    """Why a contender is not timed; None if it is."""
+    try:
+        call = one.make(case)
+        if isinstance(call, str):
+            return call
+        error = error_of(call, one, case.cut(4))
+    except Exception as problem:
+        if one.name == "ours":
+            raise
+        return f"raised {type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
+    lenient = case.step and one.name != "ours"
+    limit = max((RIVALS_STEP if lenient else LIMIT)[case.dtype], one.inexact)
+    if not error <= limit:
+        return f"wrong: error {error:.2g}"
+    judged.report[one.name] = {"error": error}
+    op = OPS[case.op]
+    timed = with_gradients(call, op.leaves) if case.step else call
+    judged.calls[one.name] = timed, one.layout(*op.arguments(case))
+    return None
+
+
+def judge(case: Case, alone: bool = False) -> Judged:
+    """``alone``: those who need a process of their own, instead of the others."""
+    judged = Judged()
+    for one in OPS[case.op].contenders:
+        if one.alone == alone:
+            reason = one.missing() or _refused(one, case, judged)
+            if reason:
+                judged.report[one.name] = {"skipped": reason}
+    return judged
+
+
+def _in_turn(calls: dict[str, Callable], rounds: int, seconds: float) -> dict[str, list[float]]:
+    """Seconds of each call, all of them once a round; the first round warms up. Everyone takes
+    every place in turn, as who follows a large product finds the caches full of it."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    started = time.perf_counter()
+    for turn in range(rounds + 1):
+        names = list(calls)
+        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+            begin = time.perf_counter()
+            calls[name]()
+            if turn:
+                times[name].append(time.perf_counter() - begin)
+        if turn >= FEWEST and time.perf_counter() - started > seconds:
+            break
+    return times
+
+
+def measure(
+    case: Case, rounds: int, seconds: float, alone: bool = False, library: Path | None = None
+) -> dict[str, Any]:
+    """Parity, then times in turn. ``contenders``: what is known of each."""
+    torch.set_num_threads(case.threads)
+    judged = judge(case, alone)
+    wrong = judged.report.get("ours", {}).get("skipped")
+    if wrong:
+        return {"wrong": wrong}
+    square = torch.randn(SIDE, SIDE).to(getattr(torch, case.dtype))
+    calls: dict[str, Callable] = {
+        name: lambda call=call, given=given: call(*given)
+        for name, (call, given) in judged.calls.items()
+    }
+    calls["matmul"] = lambda: torch.mm(square, square)
+    ceiling = None if library is None else peak.chains(library, case.dtype, case.threads)
+    if ceiling is not None:
+        calls["peak"] = ceiling[0]
+    times = _in_turn(calls, rounds, seconds)
+    middle = {name: statistics.median(taken) for name, taken in times.items()}
+    rates = {"matmul": 2.0 * SIDE**3 / middle["matmul"] / 1e9, "copy": copy_rate()}
+    if ceiling is not None:
+        rates["peak"] = ceiling[1] / middle["peak"] / 1e9
+    for name in judged.calls:
+        judged.report[name] |= _figures(case, times[name], rates, middle.get("ours"))
+    features = OPS[case.op].arguments(case.cut(1))[0]
+    return {
+        "matmul_gflops": round(rates["matmul"], 1),
+        "peak_gflops": round(rates["peak"], 1) if "peak" in rates else None,
+        "peak_of": peak.level_of(case.dtype) if "peak" in rates else None,
+        "copy_gbytes": round(rates["copy"], 1),
+        "flops": case.flops,
+        "bytes": case.bytes,
+        "backend": explain_backend(case.op, features),
+        "contenders": judged.report,
+    }
+
+
+def _figures(
+    case: Case, taken: list[float], rates: dict[str, float], ours: float | None
+) -> dict[str, Any]:
+    middle = statistics.median(taken)
+    low, _, high = statistics.quantiles(taken, n=4)
+    found = {"ms": round(1e3 * middle, 3), "iqr_ms": round(1e3 * (high - low), 3)}
+    found["rounds"] = len(taken)
+    if not case.step:
+        gflops, gbytes = case.flops / middle / 1e9, case.bytes / middle / 1e9
+        found |= {"gflops": round(gflops, 1), "gbytes": round(gbytes, 2)}
+        found["of_copy"] = round(gbytes / rates["copy"], 3)
+        for name in ("matmul", "peak"):
+            if name in rates:
+                found[f"of_{name}"] = round(gflops / rates[name], 3)
+    if ours is not None:
+        found["over_ours"] = round(middle / ours, 3)
+    return found
+
+
+def copy_rate() -> float:
+    """Bytes read and written a second, in GB, of copying 256 MB."""
+    source = torch.ones(COPIED)
+    target, best = torch.empty_like(source), float("inf")
+    for _ in range(4):
+        begin = time.perf_counter()
+        target.copy_(source)
+        best = min(best, time.perf_counter() - begin)
+    return 2 * source.nbytes / best / 1e9
+
+
+def _high_water() -> int:
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+
+
+def memory(case: Case) -> dict[str, float]:
+    """MB that one call of each contender adds at its peak."""
+    torch.set_num_threads(case.threads)
+    judged = judge(case)
+    op, found = OPS[case.op], {}
+    small = op.arguments(case.cut(1))
+    for one in op.contenders:
+        if one.name in judged.calls:
+            call, given = judged.calls[one.name]
+            call(*one.layout(*small))
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+            before = _high_water()
+            call(*given)
+            found[one.name] = round((_high_water() - before) / 1024, 1)
+    return found
+
+
+def environment(case: Case, what: str) -> dict[str, str]:
+    """What a process for the case starts with."""
+    found = dict(os.environ, OMP_NUM_THREADS=str(case.threads))
+    if case.isa:
+        found["BAGFORMER_CPU_ISA"] = case.isa
+    if what == "memory":
+        found |= {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    return found
