@@ -51,9 +51,6 @@ using Encode = bool (*)(const View&, const std::byte*, int64_t, std::span<uint32
 constexpr Encode kEncode[] = {encode<int8_t>,  encode<uint8_t>,  encode<int16_t>, encode<uint16_t>,
                               encode<int32_t>, encode<uint32_t>, encode<int64_t>, encode<uint64_t>};
 
-using Match = void (*)(const View&, std::span<const uint32_t>, RowBits);
-constexpr Match kMatch[] = {match_leftmost_longest, match_original, match_backward_max};
-
 int64_t count_bits(const uint64_t* words, int64_t n) {
     int64_t total = 0;
     for (int64_t k = 0; k < n; ++k) total += std::popcount(words[k]);
@@ -76,8 +73,9 @@ Cuts::Cuts(const View& view, const Ids& ids, int threads)
       bits_(size_t(rows_) * 3 * words_),
       counts_(rows_) {
     const Encode encode_row = kEncode[int(ids.type)];
-    const Match match_row = kMatch[int(view.matcher)];
+    const Match match_row = matcher_for_this_machine();
     std::atomic<int64_t> bad_row{rows_};
+    std::atomic<bool> sound{true};
     const auto cut = [&](int64_t row, std::span<uint32_t> codes) {
         uint64_t* const start = starts(row);
         const std::byte* const first = ids.data + row * ids.row_stride;
@@ -88,7 +86,7 @@ Cuts::Cuts(const View& view, const Ids& ids, int threads)
             return;
         }
         set_first(start, tokens_);
-        match_row(view, codes, {start, start + words_});
+        if (!match_row(view, codes, {start, start + words_})) sound = false;
         counts_[row] = int32_t(count_bits(start, 2 * words_));
     };
     // one row of codes for each block of rows that a thread may hold at a time
@@ -103,6 +101,12 @@ Cuts::Cuts(const View& view, const Ids& ids, int threads)
     if (bad_row < rows_) {
         throw std::invalid_argument("row " + std::to_string(bad_row.load()) +
                                     " holds a token id outside [0, 2147483648)");
+    }
+    if (!sound) {
+        throw std::runtime_error(
+            "the automaton's links contradict each other: its file was made wrong, or changed "
+            "while "
+            "it was open");
     }
     if (rows_ == 0) return;
     const auto [least, most] = std::minmax_element(counts_.begin(), counts_.end());
