@@ -14,80 +14,107 @@
 namespace bagformer::bags {
 namespace {
 
-// The state that the tokens before `read` lead to, in registers.
-struct Search {
-    const Block* blocks;
-    const State* states;
-    const Link* links;
-    const Item* items;
-    RowBits row;
+#if defined(__GNUC__)
+#define BAGFORMER_PREFETCH(address) __builtin_prefetch(address)
+#else
+#define BAGFORMER_PREFETCH(address) ((void)(address))
+#endif
+
+// One row's search: `state` is where the tokens from `first` to before `read` lead.
+struct Lane {
+    const uint32_t* codes;
+    uint64_t end;  // what follows is in no entity
+    RowBits bits;
     uint32_t state = 0;
-    uint32_t word = 0;   // of `state`
-    uint64_t first = 0;  // all tokens before it are decided; the path to `state` starts here
-
-    Search(const View& view, RowBits bits)
-        : blocks(view.blocks.data()),
-          states(view.states.data()),
-          links(view.links.data()),
-          items(view.items.data()),
-          row(bits) {}
-
-    bool step(uint32_t code) {
-        const uint32_t slot = (word & kIndex) + code;
-        const Block block = blocks[slot / kBlock];
-        if (!(block.used >> slot % kBlock & 1)) return false;
-        const uint32_t next = rank(block, slot);
-        const State found = states[next];
-        if (found.parent != state) return false;
-        state = next;
-        word = found.word;
-        return true;
-    }
-
-    // Every failure decides at least one token. That, and that an item lies in decided tokens, is
-    // not known of a file until it is searched; false if it does not hold.
-    bool fail(uint64_t read) {
-        if (word & (kPlain | kTerminal)) {
-            // Both lead to the root, so the link, most likely not in any cache, need not be read.
-            if (word & kTerminal) row.join(first, read - first);
-            state = word = 0;
-            first = read;
-            return true;
-        }
-        const Link link = links[state];
-        if (link.kept >= read - first) return false;
-        const uint64_t decided = read - first - link.kept;
-        if (link.item != 0) {
-            const Item& last = items[link.item];
-            if (uint64_t(last.start) + last.length > decided) return false;
-        }
-        for (uint32_t k = link.item; k != 0; k = items[k].previous) {
-            row.join(first + items[k].start, items[k].length);
-        }
-        state = link.fail;
-        word = states[state].word;
-        first += decided;
-        return true;
-    }
+    uint32_t word = 0;  // of `state`
+    uint32_t probe = 0;
+    uint64_t first = 0;  // all tokens before it are decided
+    uint64_t read = 0;
 };
 
-BAGFORMER_ALWAYS_INLINE bool leftmost_longest(const View& view, std::span<const uint32_t> codes,
-                                              RowBits row) {
-    Search search(view, row);
-    for (uint64_t t = 0; t < codes.size(); ++t) {
-        while (!search.step(codes[t])) {
-            if (search.state == 0) {
-                search.first = t + 1;
-                break;
-            }
-            if (!search.fail(t)) return false;
+// Many rows at once: each probe waits twice for memory, and meanwhile the others are asked for.
+class Lanes {
+  public:
+    Lanes(const View& view, std::span<const Row> rows) : view_(view) {
+        for (const auto& [codes, bits] : rows) {
+            uint64_t end = codes.size();
+            while (end > 0 && codes[end - 1] == 0) --end;
+            if (end > 0) lanes_[n_++] = {codes.data(), end, bits};
         }
     }
-    while (search.state != 0) {
-        if (!search.fail(codes.size())) return false;
+
+    BAGFORMER_ALWAYS_INLINE bool run() {
+        const Block* const blocks = view_.blocks.data();
+        const State* const states = view_.states.data();
+        while (n_ > 0) {
+            for (size_t k = 0; k < n_; ++k) {
+                Lane& lane = lanes_[k];
+                lane.probe = (lane.word & kIndex) + lane.codes[lane.read];
+                BAGFORMER_PREFETCH(blocks + lane.probe / kBlock);
+            }
+            for (size_t k = 0; k < n_; ++k) {
+                Lane& lane = lanes_[k];
+                const Block block = blocks[lane.probe / kBlock];
+                // a free slot is taken for the root's, which is nobody's child
+                lane.probe = rank(block, lane.probe) & -(block.used >> lane.probe % kBlock & 1);
+                BAGFORMER_PREFETCH(states + lane.probe);
+            }
+            for (size_t k = 0; k < n_;) {
+                Lane& lane = lanes_[k];
+                const State found = states[lane.probe];
+                if (found.parent == lane.state) {
+                    lane.state = lane.probe;
+                    lane.word = found.word;
+                    ++lane.read;
+                } else if (lane.state == 0) {
+                    lane.first = ++lane.read;
+                } else if (!fail(lane)) {
+                    return false;
+                }
+                if (lane.read == lane.end) {
+                    while (lane.state != 0) {
+                        if (!fail(lane)) return false;
+                    }
+                    lane = lanes_[--n_];
+                } else {
+                    ++k;
+                }
+            }
+        }
+        return true;
     }
-    return true;
-}
+
+  private:
+    // Every failure decides at least one token. That, and that an item lies in decided tokens, is
+    // not known of a file until it is searched; false if it does not hold.
+    bool fail(Lane& lane) const {
+        const RowBits bits = lane.bits;
+        const uint64_t length = lane.read - lane.first;
+        if (lane.word & (kPlain | kTerminal)) {
+            // Both lead to the root, so the link, most likely not in any cache, need not be read.
+            if (lane.word & kTerminal) bits.join(lane.first, length);
+            lane.state = lane.word = 0;
+            lane.first = lane.read;
+            return true;
+        }
+        const Link link = view_.links[lane.state];
+        if (link.kept >= length) return false;
+        const uint64_t decided = length - link.kept;
+        const Item* const items = view_.items.data();
+        if (uint64_t(items[link.item].start) + items[link.item].length > decided) return false;
+        for (uint32_t k = link.item; k != 0; k = items[k].previous) {
+            bits.join(lane.first + items[k].start, items[k].length);
+        }
+        lane.state = link.fail;
+        lane.word = view_.states[link.fail].word;
+        lane.first += decided;
+        return true;
+    }
+
+    const View& view_;
+    Lane lanes_[kLanes];
+    size_t n_ = 0;
+};
 
 BAGFORMER_ALWAYS_INLINE void original(const View& view, std::span<const uint32_t> codes,
                                       RowBits row) {
@@ -137,28 +164,21 @@ BAGFORMER_ALWAYS_INLINE void backward_max(const View& view, std::span<const uint
     }
 }
 
-BAGFORMER_ALWAYS_INLINE bool match(const View& view, std::span<const uint32_t> codes, RowBits row) {
-    switch (view.matcher) {
-        case Matcher::original:
-            original(view, codes, row);
-            return true;
-        case Matcher::backward_max:
-            backward_max(view, codes, row);
-            return true;
-        default:
-            return leftmost_longest(view, codes, row);
+BAGFORMER_ALWAYS_INLINE bool match(const View& view, std::span<const Row> rows) {
+    if (view.matcher == Matcher::leftmost_longest) return Lanes(view, rows).run();
+    for (const auto& [codes, bits] : rows) {
+        if (view.matcher == Matcher::original) original(view, codes, bits);
+        if (view.matcher == Matcher::backward_max) backward_max(view, codes, bits);
     }
+    return true;
 }
 
-bool match_anywhere(const View& view, std::span<const uint32_t> codes, RowBits row) {
-    return match(view, codes, row);
-}
+bool match_anywhere(const View& view, std::span<const Row> rows) { return match(view, rows); }
 
 #ifdef BAGFORMER_POPCNT
 __attribute__((target("popcnt"))) bool match_with_popcnt(const View& view,
-                                                         std::span<const uint32_t> codes,
-                                                         RowBits row) {
-    return match(view, codes, row);
+                                                         std::span<const Row> rows) {
+    return match(view, rows);
 }
 #endif
 

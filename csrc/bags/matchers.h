@@ -1,4 +1,4 @@
-// The three rules, one row each, over codes instead of ids.
+// The three rules over codes instead of ids.
 #pragma once
 
 #include <algorithm>
@@ -30,9 +30,17 @@ struct RowBits {
     static uint64_t bit(uint64_t t) { return uint64_t{1} << (t % 64); }
 };
 
-// Cuts one row by the view's rule. False: the automaton contradicts itself, and what the row holds
-// is arbitrary.
-using Match = bool (*)(const View& view, std::span<const uint32_t> codes, RowBits row);
+struct Row {
+    std::span<const uint32_t> codes;
+    RowBits bits;
+};
+
+// Rows that are cut together.
+constexpr int kLanes = 16;
+
+// Cuts at most kLanes rows by the view's rule. False: the automaton contradicts itself, and what
+// the rows hold is arbitrary.
+using Match = bool (*)(const View& view, std::span<const Row> rows);
 Match matcher_for_this_machine();
 
 }  // namespace bagformer::bags

@@ -12,6 +12,8 @@
 namespace bagformer::bags {
 namespace {
 
+constexpr int64_t kCachedCodes = 1 << 14;  // of one thread
+
 template <class Work>
 void for_each_row(int64_t rows, int threads, const Work& work) {
 #ifdef _OPENMP
@@ -73,30 +75,39 @@ Cuts::Cuts(const View& view, const Ids& ids, int threads)
       bits_(size_t(rows_) * 3 * words_),
       counts_(rows_) {
     const Encode encode_row = kEncode[int(ids.type)];
-    const Match match_row = matcher_for_this_machine();
+    const Match match = matcher_for_this_machine();
     std::atomic<int64_t> bad_row{rows_};
     std::atomic<bool> sound{true};
-    const auto cut = [&](int64_t row, std::span<uint32_t> codes) {
+    const auto encode = [&](int64_t row, std::span<uint32_t> codes) {
         uint64_t* const start = starts(row);
         const std::byte* const first = ids.data + row * ids.row_stride;
         if (!encode_row(view, first, ids.token_stride, codes, start + 2 * words_)) {
             int64_t known = bad_row.load();
             while (row < known && !bad_row.compare_exchange_weak(known, row)) {
             }
-            return;
         }
         set_first(start, tokens_);
-        if (!match_row(view, codes, {start, start + words_})) sound = false;
-        counts_[row] = int32_t(count_bits(start, 2 * words_));
+        return Row{codes, {start, start + words_}};
     };
-    // one row of codes for each block of rows that a thread may hold at a time
-    const int64_t block = threads > 1 ? (rows_ + threads - 1) / threads : rows_;
-    const int64_t n_blocks = block > 0 ? (rows_ + block - 1) / block : 0;
-    std::vector<uint32_t> scratch(size_t(n_blocks) * tokens_);
-    for_each_row(n_blocks, threads, [&](int64_t k) {
-        const std::span<uint32_t> codes(scratch.data() + k * tokens_, size_t(tokens_));
-        for (int64_t row = k * block; row < std::min(rows_, (k + 1) * block); ++row)
-            cut(row, codes);
+    // a thread cuts its rows in small groups, whose codes stay in the cache
+    const int64_t group =
+        std::clamp<int64_t>(kCachedCodes / std::max<int64_t>(tokens_, 1), 1, kLanes);
+    const int64_t share = std::max<int64_t>((rows_ + threads - 1) / threads, 1);
+    std::vector<uint32_t> scratch(size_t(threads) * group * tokens_);
+    for_each_row((rows_ + share - 1) / share, threads, [&](int64_t k) {
+        uint32_t* const codes = scratch.data() + k * group * tokens_;
+        const int64_t end = std::min(rows_, (k + 1) * share);
+        for (int64_t row = k * share; row < end; row += group) {
+            Row rows[kLanes];
+            const int64_t n = std::min(group, end - row);
+            for (int64_t j = 0; j < n; ++j) {
+                rows[j] = encode(row + j, {codes + j * tokens_, size_t(tokens_)});
+            }
+            if (!match(view, {rows, size_t(n)})) sound = false;
+            for (int64_t j = row; j < row + n; ++j) {
+                counts_[j] = int32_t(count_bits(starts(j), 2 * words_));
+            }
+        }
     });
     if (bad_row < rows_) {
         throw std::invalid_argument("row " + std::to_string(bad_row.load()) +
@@ -104,9 +115,8 @@ Cuts::Cuts(const View& view, const Ids& ids, int threads)
     }
     if (!sound) {
         throw std::runtime_error(
-            "the automaton's links contradict each other: its file was made wrong, or changed "
-            "while "
-            "it was open");
+            "the automaton's links contradict each other: its file was made wrong, or was "
+            "changed while it was open");
     }
     if (rows_ == 0) return;
     const auto [least, most] = std::minmax_element(counts_.begin(), counts_.end());
