@@ -87,7 +87,7 @@ void Builder::add(std::span<const int64_t> ids, std::span<const int64_t> lengths
 }
 
 std::vector<uint32_t> Builder::sorted_distinct() {
-    std::vector<SortKey> keys(counts_.added);
+    std::vector<SortKey> keys(starts_.size() - 1);
     for (uint32_t index = 0; index < keys.size(); ++index) {
         keys[index] = {head_of(entity(index)), index};
     }

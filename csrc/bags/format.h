@@ -64,7 +64,7 @@ constexpr uint32_t kBlock = 32;
 
 struct State {
     uint32_t word;    // base, kTerminal, kPlain
-    uint32_t parent;  // several states may reach for one slot; it belongs to its parent's child
+    uint32_t parent;  // whose child it is: others may reach for the slot
 };
 
 // What is known when no edge leads on from a state whose path is w: the bags of all but the last
@@ -116,9 +116,9 @@ struct View {
 };
 
 // Read the header and prove that no index in these bytes leads out of them. Every array is read
-// once, in order, so that gigabytes open in a fraction of a second. What holds between states far
-// apart (that links lead upwards) is left to the search, which checks it at no cost. Throws
-// std::invalid_argument with the reason. `bytes` must be aligned to 8.
+// once, in order, so that gigabytes open in a fraction of a second; what holds between states far
+// apart (that links lead upwards) is left to the search. Throws std::invalid_argument with the
+// reason. `bytes` must be aligned to 8.
 View open(std::span<const std::byte> bytes);
 
 }  // namespace bagformer::bags

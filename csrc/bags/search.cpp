@@ -68,7 +68,7 @@ void set_first(uint64_t* words, int64_t n) {
 
 Cuts::Cuts(const View& view, const Ids& ids, int threads)
     : truncates_(view.matcher != Matcher::leftmost_longest),
-      threads_(threads),
+      threads_(int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(ids.rows, 1)))),
       rows_(ids.rows),
       tokens_(ids.tokens),
       words_(ids.tokens / 64 + 1),
@@ -92,9 +92,10 @@ Cuts::Cuts(const View& view, const Ids& ids, int threads)
     // a thread cuts its rows in small groups, whose codes stay in the cache
     const int64_t group =
         std::clamp<int64_t>(kCachedCodes / std::max<int64_t>(tokens_, 1), 1, kLanes);
-    const int64_t share = std::max<int64_t>((rows_ + threads - 1) / threads, 1);
-    std::vector<uint32_t> scratch(size_t(threads) * group * tokens_);
-    for_each_row((rows_ + share - 1) / share, threads, [&](int64_t k) {
+    const int64_t share = std::max<int64_t>((rows_ + threads_ - 1) / threads_, 1);
+    const int64_t n_shares = (rows_ + share - 1) / share;
+    std::vector<uint32_t> scratch(size_t(n_shares) * group * tokens_);
+    for_each_row(n_shares, threads_, [&](int64_t k) {
         uint32_t* const codes = scratch.data() + k * group * tokens_;
         const int64_t end = std::min(rows_, (k + 1) * share);
         for (int64_t row = k * share; row < end; row += group) {
