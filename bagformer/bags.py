@@ -255,6 +255,7 @@ class BagSegmenter:
             TypeError: ``input_ids`` are not integers, or ``n_threads`` is no int.
             ValueError: not two axes, rows of different lengths, or an id outside [0, 2**31); the
                 text names the row.
+            RuntimeError: the segmenter was loaded from a file that contradicts itself.
         """
         if n_threads is not None:
             if isinstance(n_threads, bool) or not isinstance(n_threads, int | np.integer):

@@ -28,7 +28,9 @@ def entity_chunks(entities: Iterable[Sequence[int]]) -> Iterator[tuple[np.ndarra
     for number, entity in enumerate(entities):
         before = len(ids)
         try:
-            row = entity.tolist() if hasattr(entity, "tolist") else entity
+            row = entity.tolist() if hasattr(entity, "tolist") else list(entity)
+            if bool in map(type, row):
+                raise TypeError
             ids.extend(int(token.__index__()) for token in row)
         except (AttributeError, TypeError):
             raise TypeError(
@@ -55,6 +57,8 @@ def as_array(input_ids: Tensor | Sequence[Sequence[int]]) -> np.ndarray:
     """
     if isinstance(input_ids, Tensor):
         array = _array_of_tensor(input_ids)
+    elif isinstance(input_ids, np.ma.MaskedArray):
+        raise TypeError("input_ids must be a plain array, got one with a mask")
     elif isinstance(input_ids, np.ndarray):
         array = input_ids
     elif isinstance(input_ids, Iterable):
@@ -75,6 +79,9 @@ def _array_of_tensor(tensor: Tensor) -> np.ndarray:
         raise ValueError("input_ids must hold values, got a tensor on the device meta")
     if tensor.is_nested or tensor.layout != torch.strided:
         raise TypeError(f"input_ids must be a dense tensor, got layout {tensor.layout}")
+    if tensor.is_floating_point():  # numpy lacks some of them
+        name = str(tensor.dtype).removeprefix("torch.")
+        raise TypeError(f"input_ids must hold integers, got {name}")
     return tensor.detach().cpu().numpy()
 
 

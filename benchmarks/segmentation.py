@@ -1,9 +1,9 @@
-"""Time of cutting texts into bags, against a walk by pyahocorasick over the same ids.
+"""Time of cutting texts into bags, against the walks of others over the same ids.
 
 python benchmarks/segmentation.py --dictionary FILE --vocabulary vocab.txt [--out result.json]
 
-Parity comes first: every text's bags must equal the choice from all occurrences that pyahocorasick
-finds; the program stops with 1 if one differs.
+Parity comes first: every text's bags must equal those of each rival's own matches; where one
+differs the program stops with 1. A rival whose package is missing is reported as skipped.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ import random
 import sys
 import tempfile
 import time
+from functools import partial
 from pathlib import Path
 from statistics import median
 
-import ahocorasick
 import torch
 from provenance import provenance
+from segmentation_rivals import available
 from transformers import BertTokenizer
 
 from bagformer.bags import BagSegmenter
@@ -52,16 +53,6 @@ def make_texts(entities: list[tuple[int, ...]], n_texts: int, n_content: range) 
     return torch.tensor(rows, dtype=torch.int64)
 
 
-def starts_by_pyahocorasick(automaton, row: tuple[int, ...]) -> list[int]:
-    spans = [(end + 1 - length, end + 1) for end, length in automaton.iter(row)]
-    inside, free_from = set(), 0
-    for start, end in sorted(spans, key=lambda span: (span[0], -span[1])):
-        if start >= free_from:
-            inside.update(range(start + 1, end))
-            free_from = end
-    return [token for token in range(len(row)) if token not in inside]
-
-
 def seconds(work, clock=time.thread_time) -> float:
     """CPU time of this thread, which other processes of a shared machine disturb least."""
     begin = clock()
@@ -69,40 +60,60 @@ def seconds(work, clock=time.thread_time) -> float:
     return clock() - begin
 
 
-def measure(segmenter, automaton, texts: torch.Tensor, repeats: int) -> dict:
-    rows = [tuple(row) for row in texts.tolist()]
-    bags = segmenter(texts, n_threads=1)
-    for row, offsets, count in zip(rows, bags.offsets.tolist(), bags.counts.tolist(), strict=True):
-        if offsets[:count] != starts_by_pyahocorasick(automaton, row):
-            sys.exit(f"bags differ from pyahocorasick's for {row}")
+def summary(values: list[float], n_texts: int) -> dict[str, float]:
+    return {
+        "us_per_text": round(median(values) / n_texts * 1e6, 4),
+        "fastest": round(min(values) / n_texts * 1e6, 4),
+        "slowest": round(max(values) / n_texts * 1e6, 4),
+    }
 
-    def walk() -> None:
-        for row in rows:
-            for _ in automaton.iter_long(row):
-                pass
 
-    works = {"bagformer": lambda: segmenter(texts, n_threads=1), "pyahocorasick": walk}
+def interleaved(works: dict, repeats: int, clock=time.thread_time) -> dict[str, list[float]]:
     times: dict[str, list[float]] = {name: [] for name in works}
     for _ in range(repeats):
         for name, work in works.items():
             work()  # what the other one pushed out of the caches comes back untimed
-            times[name].append(seconds(work))
+            times[name].append(seconds(work, clock))
+    return times
+
+
+def measure(segmenter, rivals: dict, texts: torch.Tensor, repeats: int) -> dict:
+    rows = texts.tolist()
+    bags = segmenter(texts, n_threads=1)
+    ours = [
+        offsets[:count]
+        for offsets, count in zip(bags.offsets.tolist(), bags.counts.tolist(), strict=True)
+    ]
+    works = {"bagformer": lambda: segmenter(texts, n_threads=1)}
+    for name, rival in rivals.items():
+        given = [rival.prepare(row) for row in rows]
+        for row, form, starts in zip(rows, given, ours, strict=True):
+            if starts != rival.starts(form):
+                sys.exit(f"bags differ from those of {name} for {row}")
+        works[name] = partial(rival.walk, given)
+    times = interleaved(works, repeats)
+    return {name: summary(values, len(rows)) for name, values in times.items()}
+
+
+def measure_threads(segmenter, texts: torch.Tensor, repeats: int) -> dict:
+    """Wall time of one thread against two."""
+    works = {str(n): partial(segmenter, texts, n_threads=n) for n in (1, 2)}
+    times = interleaved(works, repeats, time.perf_counter)
+    rounds = zip(times["1"], times["2"], strict=True)
     return {
-        name: {
-            "us_per_text": round(median(values) / len(rows) * 1e6, 4),
-            "fastest": round(min(values) / len(rows) * 1e6, 4),
-            "slowest": round(max(values) / len(rows) * 1e6, 4),
-        }
-        for name, values in times.items()
+        **{name: summary(values, len(texts)) for name, values in times.items()},
+        "speedup": round(median(one / two for one, two in rounds), 3),
     }
 
 
-def build_automaton(entities):
-    automaton = ahocorasick.Automaton(ahocorasick.STORE_INTS, ahocorasick.KEY_SEQUENCE)
-    for entity in entities:
-        automaton.add_word(entity, len(entity))
-    automaton.make_automaton()
-    return automaton
+def measure_builds(entities, rivals: list) -> dict[str, float]:
+    works = {"bagformer": partial(BagSegmenter, entities)}
+    works |= {rival.package: partial(rival, entities) for rival in rivals}
+    times: dict[str, list[float]] = {name: [] for name in works}
+    for _ in range(3):
+        for name, work in works.items():
+            times[name].append(seconds(work))
+    return {name: round(median(values), 3) for name, values in times.items()}
 
 
 def main() -> None:
@@ -117,11 +128,10 @@ def main() -> None:
     tokenizer = BertTokenizer(str(args.vocabulary), do_lower_case=False)
     entities = read_entities(args.dictionary, tokenizer)
 
-    builds = {"bagformer": [], "pyahocorasick": []}
-    for _ in range(3):
-        builds["bagformer"].append(seconds(lambda: BagSegmenter(entities)))
-        builds["pyahocorasick"].append(seconds(lambda: build_automaton(entities)))
-    segmenter, automaton = BagSegmenter(entities), build_automaton(entities)
+    usable, skipped = available(entities)
+    builds = measure_builds(entities, usable)
+    segmenter = BagSegmenter(entities)
+    rivals = {rival.package: rival(entities) for rival in usable}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "entities.bags"
         segmenter.save(path)
@@ -130,21 +140,21 @@ def main() -> None:
             seconds(lambda: BagSegmenter.load(path), time.perf_counter) for _ in range(9)
         )
         mapped = BagSegmenter.load(path)
+        full = make_texts(entities, args.texts, range(24, 25))
+        short = make_texts(entities, args.texts, range(4, 13))
         result = {
-            **provenance(1, "pyahocorasick", "transformers"),
+            **provenance(1, "transformers", *rivals),
             "entities": len(entities),
             "texts": args.texts,
             "tokens": TOKENS,
             "repeats": args.repeats,
-            "build_s": {name: round(median(values), 3) for name, values in builds.items()},
+            "skipped": skipped,
+            "build_s": builds,
             "file_bytes": file_bytes,
             "reopen_ms": round(reopen * 1e3, 2),
-            "full_texts": measure(
-                mapped, automaton, make_texts(entities, args.texts, range(24, 25)), args.repeats
-            ),
-            "short_texts": measure(
-                mapped, automaton, make_texts(entities, args.texts, range(4, 13)), args.repeats
-            ),
+            "full_texts": measure(mapped, rivals, full, args.repeats),
+            "short_texts": measure(mapped, rivals, short, args.repeats),
+            "threads": measure_threads(mapped, full, args.repeats),
         }
     text = json.dumps(result, indent=1)
     if args.out:

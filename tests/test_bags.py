@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from support.bag_cases import random_cases
 
-from bagformer import reference
+from bagformer import _C, reference
 from bagformer.bags import Bags, BagSegmenter
 
 ENTITIES = [(7, 8), (7, 8, 9), (3, 4)]
@@ -91,6 +91,32 @@ def test_more_entities_than_cross_into_cpp_at_once():
     assert all(segmenter([list(e)]).spans(0) == [(0, 3)] for e in entities[::997])
 
 
+@pytest.mark.parametrize("matcher", reference.MATCHERS)
+def test_one_huge_entity_and_thousands_of_nested_ones(matcher):
+    huge = list(range(1, 200_000))
+    bags = BagSegmenter([huge, [5, 6]], matcher=matcher)([huge])
+    want = {"leftmost_longest": 1, "original": len(huge) - 1, "backward_max": 2}
+    assert bags.counts.tolist() == [want[matcher]]
+    nested = BagSegmenter(([1] * k for k in range(1, 2001)), matcher=matcher)
+    spans = [span for span in nested([[1] * 3000]).spans(0) if span[0] < span[1]]
+    cuts = {
+        "leftmost_longest": [(0, 2000), (2000, 3000)],
+        "original": [(0, 1), (1, 2000), (2000, 3000)],
+        "backward_max": [(0, 1000), (1000, 3000)],
+    }
+    assert spans == cuts[matcher]
+
+
+def test_a_builder_that_is_finished_starts_anew():
+    builder = _C.BagBuilder(0, [])
+    builder.add(np.array([1, 2]), np.array([2]))
+    first, second = builder.finish(), builder.finish()
+    assert [_C.BagAutomaton(image).n_entities for image in (first, second)] == [1, 0]
+    image = bytes(first)
+    many = _C.BagAutomaton(image).segment(np.ones((3, 3), np.int64), 2**31 - 1)
+    assert many[2].tolist() == [3, 3, 3]
+
+
 def test_properties_and_text(segmenter):
     assert segmenter.matcher == "leftmost_longest"
     assert segmenter.masked_ids == (0, 101)
@@ -112,6 +138,7 @@ def test_properties_and_text(segmenter):
         ([(1, 2**70)], {}, ValueError, "an id beyond 64 bits"),
         ([(1, 2), (1.5, 2)], {}, TypeError, r"entity 1 is \(1.5, 2\)"),
         ([(1, 2), 3], {}, TypeError, "entity 1 is 3"),
+        ([(1, 2), (1, True)], {}, TypeError, r"entity 1 is \(1, True\)"),
         (["ab"], {}, TypeError, "entity 0 is 'ab'"),
         (
             [],
@@ -270,6 +297,10 @@ WRONG_IDS = [
     ([[1], [2**70]], ValueError, r"row 1 holds a token id outside \[0, 2147483648\)"),
     ([[2**63, -1]], ValueError, r"row 0 holds a token id outside \[0, 2147483648\)"),
     (np.broadcast_to(np.int8(1), (1, 2**30)), ValueError, "fewer than 2.30 - 1 ids"),
+    # three words of bits a row: 2**64 + 2 of them
+    (np.broadcast_to(np.int8(1), (0x5555555555555556, 1)), ValueError, "too many ids"),
+    (torch.ones(1, 2, dtype=torch.bfloat16), TypeError, "must hold integers, got bfloat16"),
+    (np.ma.masked_array([[7, 8]], [[1, 0]]), TypeError, "a plain array, got one with a mask"),
 ]
 
 

@@ -38,6 +38,9 @@ Ids ids_of(const py::array& array) {
     // backward_max may make two bags of each token, and bags are counted in int32
     if (array.shape(1) >= INT32_MAX / 2)
         throw py::value_error("a row must have fewer than 2^30 - 1 ids");
+    // a broadcast array may have more rows than bytes can be counted for
+    if (array.shape(0) > INT64_MAX / (array.shape(1) + 64))
+        throw py::value_error("there are too many ids");
     return {static_cast<const std::byte*>(array.data()),
             id_type_of(array),
             array.shape(0),

@@ -87,7 +87,7 @@ void Builder::add(std::span<const int64_t> ids, std::span<const int64_t> lengths
 }
 
 std::vector<uint32_t> Builder::sorted_distinct() {
-    std::vector<SortKey> keys(counts_.added);
+    std::vector<SortKey> keys(starts_.size() - 1);
     for (uint32_t index = 0; index < keys.size(); ++index) {
         keys[index] = {head_of(entity(index)), index};
     }
@@ -147,22 +147,21 @@ Image Builder::finish() {
     header.alphabet = alphabet.size();
     header.n_dense = uint32_t(alphabet.dense().size());
     header.n_rare = uint32_t(alphabet.rare().size());
-    header.n_slots = packed.n_slots;
-    header.n_blocks = linked ? (packed.n_slots + 63) / 64 : 0;
+    header.n_blocks = uint32_t(packed.blocks.size());
+    header.n_states = trie.size();
     header.n_links = linked ? trie.size() : 0;
     header.n_masked = uint32_t(masked_.size());
     Layout layout = layout_of(header);
     Image image(layout.file_bytes);
     write(image, layout.dense, alphabet.dense());
     write(image, layout.rare, alphabet.rare());
-    const auto slots = section<Slot>(image, layout.slots, header.n_slots);
-    unfold(trie, packed, slots);
+    write(image, layout.blocks, packed.blocks);
+    const auto states = section<State>(image, layout.states, header.n_states);
+    unfold(trie, packed, states);
     std::vector<uint32_t>().swap(packed.bases);
     std::vector<Item> items;
     if (linked) {
-        items = link(trie, packed.slot_of_node,
-                     {slots, section<Block>(image, layout.blocks, header.n_blocks),
-                      section<Link>(image, layout.links, header.n_links)});
+        items = link(trie, packed, states, section<Link>(image, layout.links, header.n_links));
     }
     // only now is it known how many items there are
     header.n_items = uint32_t(items.size());

@@ -40,11 +40,12 @@ Header read_header(std::span<const std::byte> bytes) {
             "reserved header words are not zero");
     require(header.file_bytes == bytes.size(), "the size in the header is not the file's size");
     require(layout_of(header).file_bytes == bytes.size(), "the counts in the header do not fit");
-    require(header.alphabet >= 1 && header.n_slots >= header.alphabet, "too few slots");
-    require(header.n_slots <= kIndex, "too many slots");
+    const uint64_t n_slots = uint64_t(header.n_blocks) * kBlock;
+    require(header.alphabet >= 1 && n_slots >= header.alphabet, "too few slots");
+    require(n_slots <= uint64_t(kIndex) + 1, "too many slots");
+    require(header.n_states >= 1, "there is no root");
     const bool linked = header.matcher == uint32_t(Matcher::leftmost_longest);
-    require(header.n_blocks == (linked ? (header.n_slots + 63) / 64 : 0), "wrong number of blocks");
-    require((header.n_links >= 1) == linked, "wrong number of links");
+    require(header.n_links == (linked ? header.n_states : 0), "wrong number of links");
     require((header.n_items >= 1) == linked, "wrong number of items");
     return header;
 }
@@ -81,23 +82,30 @@ void check_alphabet(const View& view) {
             "the masked ids and the masked flags differ");
 }
 
-void check_slots(const View& view) {
-    const std::span<const Slot> slots = view.slots;
-    require(slots[0].check == kFree && slots[0].word == 0, "the root is damaged");
-    uint64_t n_entities = 0;
-    for (uint32_t slot = 1; slot < slots.size(); ++slot) {
-        const auto [word, parent] = slots[slot];
-        if (parent == kFree) {
-            require(word == 0, "a free slot is not empty");
-            continue;
-        }
-        require(parent < slots.size(), "a parent lies outside the slots");
-        require(parent == 0 || slots[parent].check != kFree, "a parent is a free slot");
-        const uint32_t label = slot - (slots[parent].word & kIndex);
-        require(label >= 1 && label < view.alphabet, "an edge's label lies outside the alphabet");
-        require((word & kIndex) <= slots.size() - view.alphabet, "a base lies outside the slots");
-        n_entities += (word & kTerminal) != 0;
+void check_blocks(const View& view) {
+    require(view.blocks[0].used & 1, "the root has no slot");
+    uint64_t before = 0;
+    for (const Block& block : view.blocks) {
+        require(block.before == before, "a block's count is wrong");
+        before += std::popcount(block.used);
     }
+    require(before == view.states.size(), "the blocks and the states differ in number");
+}
+
+// Faults are gathered without branches, so that the loop runs as wide as the processor can.
+void check_states(const View& view) {
+    require(view.states[0].parent == kNoParent && view.states[0].word == 0, "the root is damaged");
+    const uint32_t n_states = uint32_t(view.states.size());
+    const uint32_t last_base = uint32_t(view.blocks.size() * kBlock - view.alphabet);
+    bool orphan = false, outside = false;
+    uint32_t n_entities = 0;
+    for (const auto& [word, parent] : view.states.subspan(1)) {
+        orphan |= parent >= n_states;
+        outside |= (word & kIndex) > last_base;
+        n_entities += word >> 31;
+    }
+    require(!orphan, "a parent does not exist");
+    require(!outside, "a base lies outside the slots");
     require(n_entities == view.n_entities, "the number of entities is wrong");
 }
 
@@ -113,50 +121,23 @@ void check_items(std::span<const Item> items) {
     }
 }
 
-void check_blocks(const View& view) {
-    uint64_t before = 0;
-    for (uint32_t index = 0; index < view.blocks.size(); ++index) {
-        const Block& block = view.blocks[index];
-        uint64_t used = index == 0;
-        for (uint32_t bit = 0; bit < 64 && index * 64 + bit < view.slots.size(); ++bit) {
-            used |= uint64_t{view.slots[index * 64 + bit].check != kFree} << bit;
-        }
-        require(block.used == used, "a block and its slots differ");
-        require(block.before == before, "a block's count is wrong");
-        before += std::popcount(used);
-    }
-    require(before == view.links.size(), "wrong number of links");
-}
-
-void check_link(const View& view, uint32_t slot, const Link& link) {
-    const auto [word, parent] = view.slots[slot];
-    require(link.depth >= 1 && link.depth - 1 == view.link(parent).depth,
-            "a depth is not its parent's plus one");
-    require(link.fail < view.slots.size(), "a link leads outside the slots");
-    require(view.blocks[link.fail / 64].used >> link.fail % 64 & 1, "a link leads to a free slot");
-    const uint32_t kept = view.link(link.fail).depth;
-    require(kept < link.depth, "a link does not lead upwards");
-    require(link.item < view.items.size(), "a link's item does not exist");
-    const Item& item = view.items[link.item];
-    require(uint64_t(item.start) + item.length <= link.depth - kept,
-            "an item reaches into undecided tokens");
-    require(((word & kPlain) != 0) == (link.fail == 0 && link.item == 0), "a plain flag is wrong");
-    if (word & kTerminal) {
-        const uint32_t whole = link.depth >= 2 ? link.depth : 0;
-        require(link.fail == 0 && item.previous == 0 && item.start == 0 && item.length == whole,
-                "an entity's own link is wrong");
-    }
-}
-
-// Depth grows by one along an edge and falls along a link, so every path starts at the root, every
-// chain of links ends there, and `depth` tokens have been read whenever a state is reached.
 void check_links(const View& view) {
-    const Link& root = view.links[0];
-    require(root.fail == 0 && root.item == 0 && root.depth == 0, "the root's link is damaged");
-    uint64_t state = 0;  // links lie in order of the slots in use
-    for (uint32_t slot = 1; slot < view.slots.size(); ++slot) {
-        if (view.slots[slot].check != kFree) check_link(view, slot, view.links[++state]);
+    const uint32_t n_states = uint32_t(view.states.size()), n_items = uint32_t(view.items.size());
+    bool outside = false, no_item = false, not_plain = false, astray = false;
+    for (uint32_t state = 0; state < n_states; ++state) {
+        const Link& link = view.links[state];
+        const uint32_t word = view.states[state].word;
+        const bool plain = (link.fail | link.item) == 0;
+        outside |= link.fail >= n_states;
+        no_item |= link.item >= n_items;
+        not_plain |= state > 0 && (word & kPlain ? 1 : 0) != plain;
+        astray |= (link.fail == 0) != (link.kept == 0) || (word >> 31 && link.fail != 0);
     }
+    require(!outside, "a link leads to no state");
+    require(!no_item, "a link's item does not exist");
+    require(!not_plain, "a plain flag is wrong");
+    require(!astray, "a link keeps a path that is not its state's");
+    require((view.links[0].fail | view.links[0].item) == 0, "the root's link is damaged");
 }
 
 }  // namespace
@@ -165,9 +146,9 @@ Layout layout_of(const Header& header) {
     Layout layout{};
     layout.dense = aligned(sizeof(Header));
     layout.rare = aligned(layout.dense + uint64_t(header.n_dense) * sizeof(uint32_t));
-    layout.slots = aligned(layout.rare + uint64_t(header.n_rare) * sizeof(Rare));
-    layout.blocks = aligned(layout.slots + uint64_t(header.n_slots) * sizeof(Slot));
-    layout.links = aligned(layout.blocks + uint64_t(header.n_blocks) * sizeof(Block));
+    layout.blocks = aligned(layout.rare + uint64_t(header.n_rare) * sizeof(Rare));
+    layout.states = aligned(layout.blocks + uint64_t(header.n_blocks) * sizeof(Block));
+    layout.links = aligned(layout.states + uint64_t(header.n_states) * sizeof(State));
     layout.items = aligned(layout.links + uint64_t(header.n_links) * sizeof(Link));
     layout.masked = aligned(layout.items + uint64_t(header.n_items) * sizeof(Item));
     layout.trailer = layout.masked + uint64_t(header.n_masked) * sizeof(uint32_t);
@@ -184,23 +165,23 @@ View open(std::span<const std::byte> bytes) {
     view.alphabet = header.alphabet;
     view.dense = section<uint32_t>(bytes, layout.dense, header.n_dense);
     view.rare = section<Rare>(bytes, layout.rare, header.n_rare);
-    view.slots = section<Slot>(bytes, layout.slots, header.n_slots);
     view.blocks = section<Block>(bytes, layout.blocks, header.n_blocks);
+    view.states = section<State>(bytes, layout.states, header.n_states);
     view.links = section<Link>(bytes, layout.links, header.n_links);
     view.items = section<Item>(bytes, layout.items, header.n_items);
     view.masked = section<uint32_t>(bytes, layout.masked, header.n_masked);
 
     check_padding(bytes, layout.dense + view.dense.size_bytes(), layout.rare);
-    check_padding(bytes, layout.rare + view.rare.size_bytes(), layout.slots);
-    check_padding(bytes, layout.slots + view.slots.size_bytes(), layout.blocks);
-    check_padding(bytes, layout.blocks + view.blocks.size_bytes(), layout.links);
+    check_padding(bytes, layout.rare + view.rare.size_bytes(), layout.blocks);
+    check_padding(bytes, layout.blocks + view.blocks.size_bytes(), layout.states);
+    check_padding(bytes, layout.states + view.states.size_bytes(), layout.links);
     check_padding(bytes, layout.links + view.links.size_bytes(), layout.items);
     check_padding(bytes, layout.items + view.items.size_bytes(), layout.masked);
     check_alphabet(view);
-    check_slots(view);
+    check_blocks(view);
+    check_states(view);
     if (view.matcher == Matcher::leftmost_longest) {
         check_items(view.items);
-        check_blocks(view);
         check_links(view);
     }
     return view;

@@ -12,7 +12,7 @@ namespace bagformer::bags {
 enum class Matcher : uint32_t { leftmost_longest = 0, original = 1, backward_max = 2 };
 
 constexpr char kMagic[8] = {'B', 'G', 'F', 'B', 'A', 'G', 'S', '\n'};
-constexpr uint32_t kVersion = 2;
+constexpr uint32_t kVersion = 3;
 constexpr uint32_t kByteOrder = 0x01020304;
 constexpr uint32_t kAlign = 64;
 constexpr uint32_t kTrailerBytes = 4;  // CRC-32 of every byte before it
@@ -28,8 +28,8 @@ struct Header {
     uint32_t alphabet;  // codes 0 .. alphabet - 1; code 0 is "in no entity"
     uint32_t n_dense;
     uint32_t n_rare;
-    uint32_t n_slots;
     uint32_t n_blocks;
+    uint32_t n_states;
     uint32_t n_links;
     uint32_t n_items;
     uint32_t n_masked;
@@ -49,29 +49,30 @@ struct Rare {
 constexpr uint32_t kTerminal = 1u << 31;  // the path to this state is an entity
 constexpr uint32_t kPlain = 1u << 30;     // failing here leads to the root and decides no entity
 constexpr uint32_t kIndex = kPlain - 1;
-constexpr uint32_t kFree = 0xffffffffu;
+constexpr uint32_t kNoParent = 0xffffffffu;
 
-// One state of the double array. The child of state s by code c is slot base(s) + c, if that slot's
-// check is s. Slot 0 is the root and its base is 0, so slots 1 .. alphabet - 1 are its dense row. A
-// leaf's base is 0 too: its probe touches the root row, which is read next anyway.
-struct Slot {
-    uint32_t word;  // base, kTerminal, kPlain
-    uint32_t check;
+// The trie is a double array: the child of a state by code c, if there is one, holds slot base + c.
+// Most slots of a large dictionary are free, so a slot is one bit, and what is known of the state
+// in it lies in order of the slots in use. State 0 is the root; its base is 0, so slots 1 ..
+// alphabet - 1 are its dense row. A leaf's base is 0 too: its probe touches the root row, which is
+// read next anyway.
+struct Block {  // of 32 slots
+    uint32_t used;
+    uint32_t before;  // states in the blocks before
+};
+constexpr uint32_t kBlock = 32;
+
+struct State {
+    uint32_t word;    // base, kTerminal, kPlain
+    uint32_t parent;  // whose child it is: others may reach for the slot
 };
 
-// 64 slots: which of them hold a state, and how many states the blocks before hold. Most slots of a
-// large dictionary are free, so links are stored by state, not by slot.
-struct Block {
-    uint64_t used;
-    uint64_t before;
-};
-
-// What is known when no edge leads on from a state whose path is w: the bags of the first
-// depth - depth(fail) tokens of w are decided, the rest of w is the path of `fail`.
+// What is known when no edge leads on from a state whose path is w: the bags of all but the last
+// `kept` tokens of w are decided, and these tokens are the path of `fail`.
 struct Link {
     uint32_t fail;
     uint32_t item;  // last decided entity, 0 if none
-    uint32_t depth;
+    uint32_t kept;
 };
 
 // An entity of two or more tokens inside w, counted from w's first token; `previous` lies before
@@ -83,14 +84,13 @@ struct Item {
 };
 
 struct Layout {
-    uint64_t dense, rare, slots, blocks, links, items, masked, trailer, file_bytes;
+    uint64_t dense, rare, blocks, states, links, items, masked, trailer, file_bytes;
 };
 Layout layout_of(const Header& header);
 
-// How many states lie in slots before `slot`.
-inline uint64_t rank(std::span<const Block> blocks, uint32_t slot) {
-    const Block& block = blocks[slot / 64];
-    return block.before + std::popcount(block.used & ((uint64_t{1} << slot % 64) - 1));
+// How many states lie in slots before `slot`, which is the state in it if it is in use.
+inline uint32_t rank(const Block& block, uint32_t slot) {
+    return block.before + std::popcount(block.used & ((1u << slot % kBlock) - 1));
 }
 
 struct View {
@@ -99,22 +99,26 @@ struct View {
     uint32_t alphabet = 0;
     std::span<const uint32_t> dense;
     std::span<const Rare> rare;
-    std::span<const Slot> slots;
     std::span<const Block> blocks;
+    std::span<const State> states;
     std::span<const Link> links;
     std::span<const Item> items;
     std::span<const uint32_t> masked;
 
+    // 0 if there is none.
     uint32_t child(uint32_t state, uint32_t code) const {
-        const uint32_t slot = (slots[state].word & kIndex) + code;
-        return slots[slot].check == state ? slot : 0;
+        const uint32_t slot = (states[state].word & kIndex) + code;
+        const Block& block = blocks[slot / kBlock];
+        if (!(block.used >> slot % kBlock & 1)) return 0;
+        const uint32_t found = rank(block, slot);
+        return states[found].parent == state ? found : 0;
     }
-
-    const Link& link(uint32_t state) const { return links[rank(blocks, state)]; }
 };
 
-// Read the header and prove, array by array, that no search over these bytes can leave them or fail
-// to end. Throws std::invalid_argument with the reason. `bytes` must be aligned to 8.
+// Read the header and prove that no index in these bytes leads out of them. Every array is read
+// once, in order, so that gigabytes open in a fraction of a second; what holds between states far
+// apart (that links lead upwards) is left to the search. Throws std::invalid_argument with the
+// reason. `bytes` must be aligned to 8.
 View open(std::span<const std::byte> bytes);
 
 }  // namespace bagformer::bags

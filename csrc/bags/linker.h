@@ -8,15 +8,8 @@
 
 namespace bagformer::bags {
 
-// The part of an image that is about states.
-struct States {
-    std::span<Slot> slots;
-    std::span<Block> blocks;
-    std::span<Link> links;
-};
-
-// Fill the blocks, one link for each state, and kPlain in the slots; return the items (item 0 is
-// "none").
-std::vector<Item> link(const Trie& trie, std::span<const uint32_t> slot_of_node, States states);
+// Fill one link for each state, and kPlain in the states; return the items (item 0 is "none").
+std::vector<Item> link(const Trie& trie, const PackedTrie& packed, std::span<State> states,
+                       std::span<Link> links);
 
 }  // namespace bagformer::bags

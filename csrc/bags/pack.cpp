@@ -1,6 +1,8 @@
 #include <algorithm>
 #include <bit>
+#include <span>
 #include <stdexcept>
+#include <vector>
 
 #include "bags/trie.h"
 
@@ -85,12 +87,23 @@ std::vector<uint32_t> widest_first(const Trie& trie) {
     return nodes;
 }
 
+std::vector<Block> blocks_of(std::span<const uint32_t> slots, uint64_t n_slots) {
+    std::vector<Block> blocks((n_slots + kBlock - 1) / kBlock);
+    for (const uint32_t slot : slots) blocks[slot / kBlock].used |= 1u << slot % kBlock;
+    for (size_t index = 1; index < blocks.size(); ++index) {
+        const Block& last = blocks[index - 1];
+        blocks[index].before = last.before + std::popcount(last.used);
+    }
+    return blocks;
+}
+
 }  // namespace
 
 PackedTrie pack(const Trie& trie, uint32_t alphabet) {
     PackedTrie packed;
-    packed.slot_of_node.resize(trie.size());
     packed.bases.resize(trie.size());
+    std::vector<uint32_t>& slot_of_node = packed.state_of_node;
+    slot_of_node.resize(trie.size());
     Room room(alphabet);
     uint64_t largest_base = 0;
     std::vector<uint32_t> codes;
@@ -98,7 +111,7 @@ PackedTrie pack(const Trie& trie, uint32_t alphabet) {
         if (base + alphabet > kIndex) throw std::length_error("the entities need over 2^30 slots");
         const uint32_t first = trie.first_child(node);
         for (uint32_t child = first; child < first + trie.n_children(node); ++child) {
-            packed.slot_of_node[child] = uint32_t(base) + trie.label(child);
+            slot_of_node[child] = uint32_t(base) + trie.label(child);
             room.use(base + trie.label(child));
         }
         packed.bases[node] = uint32_t(base);
@@ -112,18 +125,19 @@ PackedTrie pack(const Trie& trie, uint32_t alphabet) {
         std::sort(codes.begin(), codes.end());
         settle(node, room.find(codes));
     }
-    packed.n_slots = uint32_t(std::max(room.end(), largest_base + alphabet));
+    packed.blocks = blocks_of(slot_of_node, std::max(room.end(), largest_base + alphabet));
+    for (uint32_t& slot : slot_of_node) slot = rank(packed.blocks[slot / kBlock], slot);
     return packed;
 }
 
-void unfold(const Trie& trie, const PackedTrie& packed, std::span<Slot> slots) {
-    std::ranges::fill(slots, Slot{0, kFree});
+void unfold(const Trie& trie, const PackedTrie& packed, std::span<State> states) {
+    states[0].parent = kNoParent;
     for (uint32_t node = 0; node < trie.size(); ++node) {
-        const uint32_t slot = packed.slot_of_node[node];
-        slots[slot].word = packed.bases[node] | (trie.is_terminal(node) ? kTerminal : 0);
+        const uint32_t state = packed.state_of_node[node];
+        states[state].word = packed.bases[node] | (trie.is_terminal(node) ? kTerminal : 0);
         const uint32_t first = trie.first_child(node);
         for (uint32_t child = first; child < first + trie.n_children(node); ++child) {
-            slots[packed.slot_of_node[child]].check = slot;
+            states[packed.state_of_node[child]].parent = state;
         }
     }
 }

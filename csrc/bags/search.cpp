@@ -12,6 +12,8 @@
 namespace bagformer::bags {
 namespace {
 
+constexpr int64_t kCachedCodes = 1 << 14;  // of one thread
+
 template <class Work>
 void for_each_row(int64_t rows, int threads, const Work& work) {
 #ifdef _OPENMP
@@ -51,9 +53,6 @@ using Encode = bool (*)(const View&, const std::byte*, int64_t, std::span<uint32
 constexpr Encode kEncode[] = {encode<int8_t>,  encode<uint8_t>,  encode<int16_t>, encode<uint16_t>,
                               encode<int32_t>, encode<uint32_t>, encode<int64_t>, encode<uint64_t>};
 
-using Match = void (*)(const View&, std::span<const uint32_t>, RowBits);
-constexpr Match kMatch[] = {match_leftmost_longest, match_original, match_backward_max};
-
 int64_t count_bits(const uint64_t* words, int64_t n) {
     int64_t total = 0;
     for (int64_t k = 0; k < n; ++k) total += std::popcount(words[k]);
@@ -69,40 +68,56 @@ void set_first(uint64_t* words, int64_t n) {
 
 Cuts::Cuts(const View& view, const Ids& ids, int threads)
     : truncates_(view.matcher != Matcher::leftmost_longest),
-      threads_(threads),
+      threads_(int(std::clamp<int64_t>(threads, 1, std::max<int64_t>(ids.rows, 1)))),
       rows_(ids.rows),
       tokens_(ids.tokens),
       words_(ids.tokens / 64 + 1),
       bits_(size_t(rows_) * 3 * words_),
       counts_(rows_) {
     const Encode encode_row = kEncode[int(ids.type)];
-    const Match match_row = kMatch[int(view.matcher)];
+    const Match match = matcher_for_this_machine();
     std::atomic<int64_t> bad_row{rows_};
-    const auto cut = [&](int64_t row, std::span<uint32_t> codes) {
+    std::atomic<bool> sound{true};
+    const auto encode = [&](int64_t row, std::span<uint32_t> codes) {
         uint64_t* const start = starts(row);
         const std::byte* const first = ids.data + row * ids.row_stride;
         if (!encode_row(view, first, ids.token_stride, codes, start + 2 * words_)) {
             int64_t known = bad_row.load();
             while (row < known && !bad_row.compare_exchange_weak(known, row)) {
             }
-            return;
         }
         set_first(start, tokens_);
-        match_row(view, codes, {start, start + words_});
-        counts_[row] = int32_t(count_bits(start, 2 * words_));
+        return Row{codes, {start, start + words_}};
     };
-    // one row of codes for each block of rows that a thread may hold at a time
-    const int64_t block = threads > 1 ? (rows_ + threads - 1) / threads : rows_;
-    const int64_t n_blocks = block > 0 ? (rows_ + block - 1) / block : 0;
-    std::vector<uint32_t> scratch(size_t(n_blocks) * tokens_);
-    for_each_row(n_blocks, threads, [&](int64_t k) {
-        const std::span<uint32_t> codes(scratch.data() + k * tokens_, size_t(tokens_));
-        for (int64_t row = k * block; row < std::min(rows_, (k + 1) * block); ++row)
-            cut(row, codes);
+    // a thread cuts its rows in small groups, whose codes stay in the cache
+    const int64_t group =
+        std::clamp<int64_t>(kCachedCodes / std::max<int64_t>(tokens_, 1), 1, kLanes);
+    const int64_t share = std::max<int64_t>((rows_ + threads_ - 1) / threads_, 1);
+    const int64_t n_shares = (rows_ + share - 1) / share;
+    std::vector<uint32_t> scratch(size_t(n_shares) * group * tokens_);
+    for_each_row(n_shares, threads_, [&](int64_t k) {
+        uint32_t* const codes = scratch.data() + k * group * tokens_;
+        const int64_t end = std::min(rows_, (k + 1) * share);
+        for (int64_t row = k * share; row < end; row += group) {
+            Row rows[kLanes];
+            const int64_t n = std::min(group, end - row);
+            for (int64_t j = 0; j < n; ++j) {
+                rows[j] = encode(row + j, {codes + j * tokens_, size_t(tokens_)});
+            }
+            if (!match(view, {rows, size_t(n)})) sound = false;
+            for (int64_t j = row; j < row + n; ++j) {
+                counts_[j] = int32_t(count_bits(starts(j), 2 * words_));
+            }
+        }
     });
     if (bad_row < rows_) {
         throw std::invalid_argument("row " + std::to_string(bad_row.load()) +
                                     " holds a token id outside [0, 2147483648)");
+    }
+    if (!sound) {
+        throw std::runtime_error(
+            "the automaton's links contradict each other: its file was made wrong, or was "
+            "changed while it was open");
     }
     if (rows_ == 0) return;
     const auto [least, most] = std::minmax_element(counts_.begin(), counts_.end());

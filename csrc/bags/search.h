@@ -21,7 +21,8 @@ struct Ids {
 // Where the bags of all rows start, before padding. Three bit sets of tokens + 1 bits a row.
 class Cuts {
   public:
-    // Throws std::invalid_argument naming the first row with an id outside [0, 2^31). Rows are
+    // Throws std::invalid_argument naming the first row with an id outside [0, 2^31), and
+    // std::runtime_error where a search finds the automaton to contradict itself. Rows are
     // independent: the result does not depend on `threads`, and with one thread OpenMP is not
     // entered, so that forked workers are safe.
     Cuts(const View& view, const Ids& ids, int threads);

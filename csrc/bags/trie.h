@@ -39,17 +39,17 @@ class Trie {
     uint64_t unchained_ = 0;
 };
 
-// Where a double array keeps the nodes of a trie and, by node, the base of its children.
+// A double array's slots and, by node, its state and the base of its children.
 struct PackedTrie {
-    std::vector<uint32_t> slot_of_node;
+    std::vector<Block> blocks;
+    std::vector<uint32_t> state_of_node;
     std::vector<uint32_t> bases;
-    uint32_t n_slots = 0;
 };
 
 // `alphabet` codes; every base plus any code lies inside the slots.
 PackedTrie pack(const Trie& trie, uint32_t alphabet);
 
-// Write the double array into its `n_slots` slots.
-void unfold(const Trie& trie, const PackedTrie& packed, std::span<Slot> slots);
+// Write the states, as many as the trie has nodes.
+void unfold(const Trie& trie, const PackedTrie& packed, std::span<State> states);
 
 }  // namespace bagformer::bags

@@ -8,14 +8,14 @@ import zlib
 
 WORDS = (
     *("version", "byte_order", "matcher", "header_bytes", "file_bytes", "n_entities", "alphabet"),
-    *("n_dense", "n_rare", "n_slots", "n_blocks", "n_links", "n_items", "n_masked"),
+    *("n_dense", "n_rare", "n_blocks", "n_states", "n_links", "n_items", "n_masked"),
 )
 _HEADER = struct.Struct("<8s4I2Q8I56x")
 SECTIONS = {
     "dense": "<I",
     "rare": "<2I",
-    "slots": "<2I",
-    "blocks": "<2Q",
+    "blocks": "<2I",
+    "states": "<2I",
     "links": "<3I",
     "items": "<3I",
     "masked": "<I",
