@@ -123,7 +123,10 @@ def measure(
         for name, (call, given) in judged.calls.items()
     }
     calls["matmul"] = lambda: torch.mm(square, square)
-    ceiling = None if library is None else peak.chains(library, case.dtype, case.threads)
+    ceiling = None
+    # beside torch's threads, which spin for a while after each product, more would share cores
+    if library is not None and case.threads == 1:
+        ceiling = peak.chains(library, case.dtype)
     if ceiling is not None:
         calls["peak"] = ceiling[0]
     times = _in_turn(calls, rounds, seconds)

@@ -7,7 +7,6 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from bagformer.ops import _native
@@ -34,18 +33,11 @@ def level_of(dtype: str) -> str:
     return "avx512" if active == "avx512bf16" and dtype != "bfloat16" else active
 
 
-def chains(library: Path, dtype: str, threads: int) -> tuple[Callable[[], None], float] | None:
-    """A call that multiplies and adds on every thread, and its operations; None if none fits."""
+def chains(library: Path, dtype: str) -> tuple[Callable[[], None], float] | None:
+    """A call that multiplies and adds on one thread, and its operations; None if none fits."""
     level = level_of(dtype)
     function = getattr(ctypes.CDLL(str(library)), level, None) if level in WORK else None
     if function is None:
         return None
     function.argtypes, function.restype = [ctypes.c_int64], None
-    if threads == 1:
-        return lambda: function(ROUNDS), float(ROUNDS * WORK[level])
-    pool = ThreadPoolExecutor(threads)  # ctypes calls without the interpreter's lock
-
-    def all_threads() -> None:
-        list(pool.map(function, [ROUNDS] * threads))
-
-    return all_threads, float(threads * ROUNDS * WORK[level])
+    return lambda: function(ROUNDS), float(ROUNDS * WORK[level])

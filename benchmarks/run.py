@@ -1,6 +1,6 @@
 """Runs the CPU suite of registry.py and writes JSON after every case.
 
-    python benchmarks/run.py [--quick] [--only TEXT] [--out benchmarks/results/cpu.json]
+    python benchmarks/run.py [--quick] [--only TEXT] [--out benchmarks/results/cpu.json [--update]]
 
 Each case has a process of its own, with its threads and its instruction set. There, before anything
 is timed, every contender's results and gradients are compared with float64; if ours are wrong the
@@ -121,11 +121,20 @@ def _write(path: Path, rows: list[dict[str, Any]]) -> None:
     draft.replace(path)
 
 
+def _earlier(path: Path) -> dict[tuple[str, str], dict[str, Any]]:
+    """The rows of a file by name and dtype, each with the commit that it was measured at."""
+    report = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        (row["name"], row["dtype"]): {"commit": report["commit"], **row} for row in report["rows"]
+    }
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a few small cases, about a minute")
     parser.add_argument("--only", default="", help="cases whose name holds this")
     parser.add_argument("--out", type=Path, help="also write the JSON here")
+    parser.add_argument("--update", action="store_true", help="keep the other cases of --out")
     parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--child", choices=("time", "alone", "memory"), help=argparse.SUPPRESS)
     parser.add_argument("--index", type=int, help=argparse.SUPPRESS)
@@ -136,17 +145,21 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     extra = [word for word, on in (("--quick", options.quick), ("--tiny", options.tiny)) if on]
     rows: list[dict[str, Any]] = []
+    kept = _earlier(options.out) if options.update and options.out else {}
     with tempfile.TemporaryDirectory() as folder:
         library = peak.build(Path(folder))
         extra += ["--peak", str(library)] if library else []
         for index, case in enumerate(CASES):
             large = case.texts * case.images > 4096
             if options.only not in case.name or (options.quick and (large or case.goals == ())):
+                rows += [kept[name] for name in [(case.name, case.dtype)] if name in kept]
                 continue
             rows.append(run_case(index, case.tiny() if options.tiny else case, extra, rows))
             show(rows[-1])
             if options.out:
                 _write(options.out, rows)
+    if options.out and kept:
+        _write(options.out, rows)
     bad = [row for row in rows if "wrong" in row or "failed" in row]
     for row in bad:
         reason = row.get("wrong") or row.get("failed")

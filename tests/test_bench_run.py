@@ -155,6 +155,26 @@ def test_a_stop_leaves_what_was_measured(suite, monkeypatch, tmp_path):
     assert "failed" in report["rows"][0]["contenders"]["lonely"]["skipped"]
 
 
+def test_one_case_is_measured_again_and_the_others_kept(suite, monkeypatch, tmp_path):
+    found = {"contenders": {"ours": {"error": 0.0, "ms": 1.0, "of_matmul": 0.9}}}
+    monkeypatch.setattr(
+        suite, "_child", lambda _i, what, _c, _e: {} if what == "memory" else json.loads(told)
+    )
+    monkeypatch.setattr(suite.peak, "build", lambda folder: None)
+    told, out = json.dumps(found), tmp_path / "out.json"
+    assert suite.main(["--only", "AVX2", "--out", str(out)]) == 0
+    first = json.loads(out.read_text())
+    found["contenders"]["ours"]["ms"] = 2.0
+    told = json.dumps(found)
+    assert suite.main(["--only", "D=128", "--out", str(out), "--update"]) == 0
+    rows = json.loads(out.read_text())["rows"]
+    assert [(row["name"], row["contenders"]["ours"]["ms"]) for row in rows] == [
+        ("64 x 64, AVX2", 1.0),
+        ("64 x 64, D=128", 2.0),
+    ]
+    assert rows[0]["commit"] == first["commit"]
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="peak memory is read from /proc")
 def test_a_case_runs_in_a_process_of_its_own(suite):
     case = suite.CASES[0]
