@@ -39,14 +39,14 @@ def run(
         _maxsim_cpu.forward(text, values, *masks, options, outputs, scales, text_scales)
     else:
         limit = CHUNK_ELEMENTS if chosen == "torch" else None
-        _run_in_chunks(text, values, text_scales, scales, masks, options, outputs, limit)
+        run_in_chunks(text, values, text_scales, scales, masks, options, outputs, limit)
     return outputs
 
 
-def _run_in_chunks(
+def run_in_chunks(
     text: Tensor,
     values: Tensor,
-    text_scales: Tensor,
+    text_scales: Tensor | None,
     scales: Tensor,
     masks: tuple[Tensor | None, Tensor | None],
     options: Options,
@@ -55,7 +55,8 @@ def _run_in_chunks(
 ) -> None:
     """The reference on blocks of at most ``limit`` similarities (or one pair); None: all at once.
 
-    Each similarity has one right answer to the bit, so that blocks change nothing.
+    ``text_scales``: None for a text of floats. With int8 texts each similarity has one right answer
+    to the bit, so that blocks change nothing.
     """
     (n_texts, n_bags), (n_images, n_patches) = text.shape[:2], values.shape[-3:-1]
     pair = max(1, n_bags * n_patches)
@@ -76,7 +77,7 @@ def _run_in_chunks(
                 text[rows],
                 values[own],
                 scales[own],
-                text_scales=text_scales[rows],
+                text_scales=None if text_scales is None else text_scales[rows],
                 text_mask=None if text_mask is None else text_mask[rows],
                 image_mask=None if image_mask is None else image_mask[own],
                 mask_mode=options.mask_mode,

@@ -184,7 +184,7 @@ def _run(
     elif chosen == "torch":
         _run_torch(text, values, scales, masks, options, outputs)
     else:
-        _run_reference(text, values, scales, masks, options, outputs)
+        _maxsim_int8.run_in_chunks(text, values, None, scales, masks, options, outputs, None)
     return outputs
 
 
@@ -213,28 +213,6 @@ def _run_torch(
         t2i, i2t, text_argmax, image_argmax = outputs
         parts = t2i[rows], i2t[own], text_argmax[rows], image_argmax[own]
         _maxsim_torch.forward(text, features, text_mask, mask, options, parts)
-
-
-def _run_reference(
-    text: Tensor,
-    values: Tensor,
-    scales: Tensor,
-    masks: tuple[Tensor | None, Tensor | None],
-    options: Options,
-    outputs: tuple[Tensor, ...],
-) -> None:
-    scores = reference.maxsim_quantized(
-        text,
-        values,
-        scales,
-        text_mask=masks[0],
-        image_mask=masks[1],
-        mask_mode=options.mask_mode,
-        directions=options.directions,
-        reduction=options.reduction,
-        return_argmax=outputs[2].numel() + outputs[3].numel() > 0,
-    )
-    _maxsim_ops.fill(outputs, scores, values.shape[-2], text.shape[1])
 
 
 def _fake(
