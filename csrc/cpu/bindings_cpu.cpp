@@ -270,6 +270,11 @@ void bind_l2_normalize(py::module_& module) {
 void bind_cpu(py::module_& module) {
     module.def("cpu_isa", [] { return isa_name(active_isa()); });
     module.def("best_cpu_isa", [] { return isa_name(best_isa()); });
+    module.def("cpu_isas", [] {  // of this architecture, rising
+        std::vector<std::string> names;
+        for (Isa level : isa_levels()) names.push_back(isa_name(level));
+        return names;
+    });
     bind_maxsim_forward(module);
     bind_maxsim_backward(module);
     bind_pool(module);

@@ -1,5 +1,6 @@
-// Which instruction set runs: the best that the processor has, or the one that
-// BAGFORMER_CPU_ISA=scalar|avx2|avx512|avx512vnni|avx512bf16 asks for.
+// Which instruction set runs: the best that the processor has, or the one that BAGFORMER_CPU_ISA
+// asks for. x86-64 has scalar|avx2|avx512|avx512vnni|avx512bf16, 64-bit Arm
+// scalar|neon|neondotprod|neonbf16, others scalar alone.
 #pragma once
 
 #if defined(__x86_64__) || defined(_M_X64)
@@ -8,12 +9,25 @@
 #define BAGFORMER_X86 0
 #endif
 
+// GCC and Clang, little-endian; other compilers and builds for big-endian Arm have scalar alone.
+#if defined(__aarch64__) && !defined(__AARCH64EB__)
+#define BAGFORMER_ARM64 1
+#else
+#define BAGFORMER_ARM64 0
+#endif
+
+#include <vector>
+
 namespace bagformer {
 
-// Each level has what those before it have: no processor has AVX512-BF16 without VNNI.
-enum class Isa : int { scalar, avx2, avx512, avx512vnni, avx512bf16 };
+// Each level has what those before it have on the same architecture: no processor has AVX512-BF16
+// without VNNI, and where BFDOT comes without SDOT it is left alone.
+enum class Isa : int { scalar, avx2, avx512, avx512vnni, avx512bf16, neon, neondotprod, neonbf16 };
 
 const char* isa_name(Isa isa);
+
+// Those of this build's architecture, rising; a processor may lack the last ones.
+const std::vector<Isa>& isa_levels();
 
 // The best level of this processor and build.
 Isa best_isa();

@@ -162,6 +162,9 @@ const CpuKernels& scalar_kernels();
 const CpuKernels& avx2_kernels();
 const CpuKernels& avx512_kernels();
 const CpuKernels& avx512bf16_kernels();
+#elif BAGFORMER_ARM64
+const CpuKernels& neon_kernels();
+const CpuKernels& neonbf16_kernels();
 #endif
 
 const CpuKernels& kernels_of(Isa isa);

@@ -25,6 +25,9 @@ const Int8Kernels& int8_kernels_of(Isa isa) {
     if (isa >= Isa::avx512vnni) return avx512vnni_int8_kernels();
     if (isa == Isa::avx512) return avx512_int8_kernels();
     if (isa == Isa::avx2) return avx2_int8_kernels();
+#elif BAGFORMER_ARM64
+    if (isa >= Isa::neondotprod) return neondotprod_int8_kernels();
+    if (isa == Isa::neon) return neon_int8_kernels();
 #endif
     (void)isa;
     return scalar_int8_kernels();
@@ -89,7 +92,7 @@ class Int8Forward {
     // `height` bags from place `row` on, side by side in rows of `width` words.
     void pack_rows(Int8Texts& into, int64_t slot, int64_t text, int32_t row, int height,
                    int width) const {
-        const uint32_t plus = turned_ ? kPlus128 : 0;
+        const uint32_t plus = turned_ && kernels_.word == Int8Word::quad ? kPlus128 : 0;
         const int64_t stride = call_.text.strides[2];
         const float* scales = call_.text_scales.at<const float>(text);
         uint32_t* words = into.words.data() + (slot * room_ + row) * depth_;

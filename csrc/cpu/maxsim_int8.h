@@ -9,7 +9,7 @@
 // Panels of patches and tiles of bags lie as in maxsim.h, of 32-bit words along D. A word is four
 // int8 numbers where the processor multiplies those, else two numbers widened to 16 bits. Four-byte
 // words of patches are stored plus 128, because VPDPBUSD takes one side unsigned; a bag's sums then
-// start from -128 times the sum of its own numbers. Sums wrap, so what passes by the way is of no
+// start from -128 times the sum of its own numbers. Signed words are stored as they are. Sums wrap, so what passes by the way is of no
 // account: the total is exact as long as it fits in 32 bits itself.
 #pragma once
 
@@ -54,7 +54,7 @@ struct Int8TurnedJob {
     float* row_best;   // [n_rows] maximum over bags; written; null: not wanted
 };
 
-enum class Int8Word { pair, quad };
+enum class Int8Word { pair, quad, signed_quad };
 
 struct Int8Kernels {
     int lanes;
@@ -68,7 +68,7 @@ struct Int8Kernels {
     // Scores an image of four-byte words where it lies; null: there is none.
     bool (*turned)(const Int8TurnedJob& job) = nullptr;
 
-    int64_t features_in_word() const { return word == Int8Word::quad ? 4 : 2; }
+    int64_t features_in_word() const { return word == Int8Word::pair ? 2 : 4; }
 };
 
 void maxsim_int8_forward(const MaxSimForward& call);
@@ -78,6 +78,9 @@ const Int8Kernels& scalar_int8_kernels();
 const Int8Kernels& avx2_int8_kernels();
 const Int8Kernels& avx512_int8_kernels();
 const Int8Kernels& avx512vnni_int8_kernels();
+#elif BAGFORMER_ARM64
+const Int8Kernels& neon_int8_kernels();
+const Int8Kernels& neondotprod_int8_kernels();
 #endif
 
 }  // namespace bagformer

@@ -44,9 +44,10 @@ struct Quads16 : Int8x16 {
         return _mm512_dpbusd_epi32(sum, plus_128, other);
 #endif
     }
-    static I repeat(const int8_t* p) {
+    template <int>
+    static I repeat(const int8_t* p, int k) {
         int32_t four;
-        std::memcpy(&four, p, sizeof four);
+        std::memcpy(&four, p + 4 * k, sizeof four);
         return _mm512_set1_epi32(four);
     }
     static int32_t total(const int8_t* p, int64_t count) {

@@ -3,6 +3,15 @@
 
 #include "cpu/maxsim_kernel.h"
 
+// Word k of `COUNT` that lie together, as Vec::dot takes it.
+template <class Vec, int COUNT>
+BAGFORMER_INLINE auto word_of(const uint32_t* words, int k) {
+    if constexpr (TakesElements<Vec, uint32_t>)
+        return Vec::template pick<COUNT>(words, k);
+    else
+        return Vec::iset1(static_cast<int32_t>(words[k]));
+}
+
 // S of HEIGHT bags with COLUMNS vectors of patches, folded into both maxima.
 template <class Vec, int HEIGHT, int COLUMNS, bool ARGMAX>
 bool int8_tile(const Int8Job& job, const uint32_t* rows, int first_row) {
@@ -19,7 +28,7 @@ bool int8_tile(const Int8Job& job, const uint32_t* rows, int first_row) {
         for (int c = 0; c < COLUMNS; ++c) patches[c] = Vec::words(panel + c * Vec::kWidth);
 #pragma GCC unroll 16
         for (int r = 0; r < HEIGHT; ++r) {
-            const typename Vec::I bag = Vec::iset1(static_cast<int32_t>(rows[r]));
+            const auto bag = word_of<Vec, HEIGHT>(rows, r);
 #pragma GCC unroll 2
             for (int c = 0; c < COLUMNS; ++c) sum[r][c] = Vec::dot(sum[r][c], patches[c], bag);
         }

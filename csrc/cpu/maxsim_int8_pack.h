@@ -14,7 +14,7 @@ constexpr uint32_t kPlus128 = 0x80808080u;  // on each of four numbers
 // Word d of a token row: numbers past the last are 0.
 inline uint32_t word_of(const int8_t* row, int64_t stride, int64_t d, int64_t features,
                         Int8Word kind) {
-    const int64_t count = kind == Int8Word::quad ? 4 : 2;
+    const int64_t count = kind == Int8Word::pair ? 2 : 4;
     const int bits = static_cast<int>(32 / count);
     uint32_t word = 0;
     for (int64_t k = 0; k < count && d * count + k < features; ++k) {

@@ -12,6 +12,27 @@ inline void int8_prefetch(const void* address) {
 #endif
 }
 
+// STEPS steps of d: each patch's words against COLUMNS vectors of bags.
+template <class Vec, int STEPS, int HEIGHT, int COLUMNS>
+BAGFORMER_INLINE void int8_turned_steps(const int8_t* const* at, int64_t d, const uint32_t* panel,
+                                        typename Vec::I (&sum)[HEIGHT][COLUMNS]) {
+    typename Vec::I bags[STEPS][COLUMNS];
+#pragma GCC unroll 4
+    for (int k = 0; k < STEPS; ++k)
+#pragma GCC unroll 2
+        for (int c = 0; c < COLUMNS; ++c)
+            bags[k][c] = Vec::words(panel + (2 * k + c) * Vec::kWidth);
+#pragma GCC unroll 16
+    for (int r = 0; r < HEIGHT; ++r)
+#pragma GCC unroll 4
+        for (int k = 0; k < STEPS; ++k) {
+            const auto patch = Vec::template repeat<STEPS>(at[r] + 4 * d, k);
+#pragma GCC unroll 2
+            for (int c = 0; c < COLUMNS; ++c)
+                sum[r][c] = Vec::dot(sum[r][c], bags[k][c], patch);
+        }
+}
+
 // Sums of HEIGHT patches with COLUMNS vectors of bags. Inlined, or the sums would live in memory.
 template <class Vec, int HEIGHT, int COLUMNS>
 [[gnu::always_inline]] inline void int8_turned_sums(const Int8TurnedJob& job, int first_row,
@@ -26,20 +47,16 @@ template <class Vec, int HEIGHT, int COLUMNS>
 #pragma GCC unroll 2
         for (int c = 0; c < COLUMNS; ++c) sum[r][c] = start;
     }
-    for (int64_t d = 0; d < job.depth; ++d, panel += kLanes) {
+    constexpr int kSteps = TakesElements<Vec, uint32_t> ? 4 : 1;
+    int64_t d = 0;
+    for (; d + kSteps <= job.depth; d += kSteps, panel += kSteps * kLanes) {
         if (d % 16 == 0)  // a cache line of each row of the next tile
             for (int r = 0; r < HEIGHT; ++r)
                 int8_prefetch(job.rows[first_row + HEIGHT + r] + 4 * d);
-        typename Vec::I bags[COLUMNS];
-#pragma GCC unroll 2
-        for (int c = 0; c < COLUMNS; ++c) bags[c] = Vec::words(panel + c * Vec::kWidth);
-#pragma GCC unroll 16
-        for (int r = 0; r < HEIGHT; ++r) {
-            const typename Vec::I patch = Vec::repeat(at[r] + 4 * d);
-#pragma GCC unroll 2
-            for (int c = 0; c < COLUMNS; ++c) sum[r][c] = Vec::dot(sum[r][c], bags[c], patch);
-        }
+        int8_turned_steps<Vec, kSteps>(at, d, panel, sum);
     }
+    if constexpr (kSteps > 1)
+        for (; d < job.depth; ++d, panel += kLanes) int8_turned_steps<Vec, 1>(at, d, panel, sum);
 }
 
 // HEIGHT patches with panel `index` of the text, folded into both maxima.

@@ -5,6 +5,21 @@
 template <class Vec>
 using Job = PanelJob<typename Vec::T, typename Vec::E>;
 
+// Whether one load brings several values that are multiplied one by one with a whole vector.
+template <class Vec, class E = typename Vec::E>
+concept TakesElements = requires(const E* values) {
+    Vec::template pick<4>(values, 0);
+};
+
+// Value k of `COUNT` that lie together, as Vec::fma takes it.
+template <class Vec, int COUNT>
+BAGFORMER_INLINE auto value_of(const typename Vec::E* values, int k) {
+    if constexpr (TakesElements<Vec>)
+        return Vec::template pick<COUNT>(values, k);
+    else
+        return Vec::broadcast(values[k]);
+}
+
 // S of HEIGHT bags with COLUMNS vectors of patches.
 template <class Vec, int HEIGHT, int COLUMNS>
 BAGFORMER_INLINE void tile_sums(const typename Vec::E* panel, const typename Vec::E* rows,
@@ -20,7 +35,7 @@ BAGFORMER_INLINE void tile_sums(const typename Vec::E* panel, const typename Vec
         for (int c = 0; c < COLUMNS; ++c) patches[c] = Vec::load_packed(panel + c * Vec::kWidth);
 #pragma GCC unroll 16
         for (int r = 0; r < HEIGHT; ++r) {
-            const typename Vec::P bag = Vec::broadcast(rows[r]);
+            const auto bag = value_of<Vec, HEIGHT>(rows, r);
 #pragma GCC unroll 2
             for (int c = 0; c < COLUMNS; ++c) sum[r][c] = Vec::fma(bag, patches[c], sum[r][c]);
         }

@@ -34,6 +34,10 @@ const CpuKernels& kernels_of(Isa isa) {
     // VNNI multiplies int8 alone: see maxsim_int8.h
     if (isa == Isa::avx512 || isa == Isa::avx512vnni) return avx512_kernels();
     if (isa == Isa::avx2) return avx2_kernels();
+#elif BAGFORMER_ARM64
+    if (isa == Isa::neonbf16) return neonbf16_kernels();
+    // SDOT multiplies int8 alone
+    if (isa == Isa::neon || isa == Isa::neondotprod) return neon_kernels();
 #endif
     (void)isa;
     return scalar_kernels();

@@ -13,21 +13,25 @@ inline void prefetch(const void* address) {
 #endif
 }
 
-// One step of d: each patch's value against COLUMNS vectors of bags.
-template <class Vec, int COLUMNS>
-BAGFORMER_INLINE void turned_step(const typename Vec::E* const* at, int64_t d,
-                                  const typename Vec::E* panel,
-                                  typename Vec::V (&sum)[Vec::kMaxRows][COLUMNS]) {
-    typename Vec::P bags[COLUMNS];
+// STEPS steps of d: each patch's values against COLUMNS vectors of bags.
+template <class Vec, int STEPS, int COLUMNS>
+BAGFORMER_INLINE void turned_steps(const typename Vec::E* const* at, int64_t d,
+                                   const typename Vec::E* panel,
+                                   typename Vec::V (&sum)[Vec::kMaxRows][COLUMNS]) {
+    typename Vec::P bags[STEPS][COLUMNS];
+#pragma GCC unroll 4
+    for (int k = 0; k < STEPS; ++k)
 #pragma GCC unroll 2
-    for (int c = 0; c < COLUMNS; ++c)
-        bags[c] = Vec::load_packed(panel + 2 * Vec::kWidth * d + c * Vec::kWidth);
+        for (int c = 0; c < COLUMNS; ++c)
+            bags[k][c] = Vec::load_packed(panel + 2 * Vec::kWidth * (d + k) + c * Vec::kWidth);
 #pragma GCC unroll 16
-    for (int r = 0; r < Vec::kMaxRows; ++r) {
-        const typename Vec::P patch = Vec::broadcast(at[r][d]);
+    for (int r = 0; r < Vec::kMaxRows; ++r)
+#pragma GCC unroll 4
+        for (int k = 0; k < STEPS; ++k) {
+            const auto patch = value_of<Vec, STEPS>(at[r] + d, k);
 #pragma GCC unroll 2
-        for (int c = 0; c < COLUMNS; ++c) sum[r][c] = Vec::fma(bags[c], patch, sum[r][c]);
-    }
+            for (int c = 0; c < COLUMNS; ++c) sum[r][c] = Vec::fma(bags[k][c], patch, sum[r][c]);
+        }
 }
 
 // All of D. The rows of the next tile are asked for meanwhile, a cache line of each at a time.
@@ -47,10 +51,17 @@ BAGFORMER_INLINE void turned_sums(const typename Vec::E* const* rows, const void
     for (; d + kLine <= depth; d += kLine) {
 #pragma GCC unroll 16
         for (int r = 0; r < Vec::kMaxRows; ++r) prefetch(static_cast<const In*>(next[r]) + d);
+        if constexpr (TakesElements<Vec>) {
+#pragma GCC unroll 1
+            for (int64_t k = d; k < d + kLine; k += 4)
+                turned_steps<Vec, 4, COLUMNS>(at, k, panel, sum);
+        } else {
 #pragma GCC unroll 2
-        for (int64_t k = d; k < d + kLine; ++k) turned_step<Vec, COLUMNS>(at, k, panel, sum);
+            for (int64_t k = d; k < d + kLine; ++k)
+                turned_steps<Vec, 1, COLUMNS>(at, k, panel, sum);
+        }
     }
-    for (; d < depth; ++d) turned_step<Vec, COLUMNS>(at, d, panel, sum);
+    for (; d < depth; ++d) turned_steps<Vec, 1, COLUMNS>(at, d, panel, sum);
 }
 
 // The lane that wins one patch: the first NaN, else the first of the highest.

@@ -40,7 +40,7 @@ def masks(kind: str, texts: tuple[int, ...], images: tuple[int, ...], seed: int 
 
 def instruction_sets() -> list:
     """Every level of ``BAGFORMER_CPU_ISA``, those that this machine lacks marked as skipped."""
-    levels = ["scalar", "avx2", "avx512", "avx512vnni", "avx512bf16"]
+    levels = _native.load().cpu_isas()
     best = levels.index(_native.load().best_cpu_isa())
     return [
         pytest.param(
