@@ -7,9 +7,7 @@ using Job = PanelJob<typename Vec::T, typename Vec::E>;
 
 // Whether one load brings several values that are multiplied one by one with a whole vector.
 template <class Vec, class E = typename Vec::E>
-concept TakesElements = requires(const E* values) {
-    Vec::template pick<4>(values, 0);
-};
+concept TakesElements = requires(const E* values) { Vec::template pick<4>(values, 0); };
 
 // Value k of `COUNT` that lie together, as Vec::fma takes it.
 template <class Vec, int COUNT>
