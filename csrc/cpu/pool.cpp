@@ -26,10 +26,11 @@ void each_range(int64_t rows, int64_t row_elements, int n_threads, Work&& work) 
                  [&](int64_t item, int) { work(item * step, std::min(rows, (item + 1) * step)); });
 }
 
-// Calls use(kernels) with the kernels of `dtype`.
+// Calls use(kernels) with the kernels for rows of `depth` elements of `dtype`.
 template <class Use>
-void with_kernels(DType dtype, Use&& use) {
-    const PoolLevel& level = pool_of(active_isa());
+void with_kernels(DType dtype, int64_t depth, Use&& use) {
+    const PoolLevel& asked = pool_of(active_isa());
+    const PoolLevel& level = depth < kWidestVector ? scalar_pool() : asked;
     switch (dtype) {
         case DType::f64:
             return use(scalar_f64_pool());
@@ -48,8 +49,7 @@ struct Workspace {
     std::vector<Wide<In>> sum;
     std::vector<In> tokens, grad;
 
-    explicit Workspace(int64_t depth)
-        : sum((depth + kWidestVector - 1) / kWidestVector * kWidestVector) {}
+    explicit Workspace(int64_t depth) : sum(std::max(depth, kWidestVector)) {}
 };
 
 // Rows with stride 1 along D: those at `first`, or copies of them.
@@ -175,7 +175,7 @@ void each_bag(int64_t batch, int64_t bags, int64_t tokens, int64_t depth, int n_
 void bag_pool(const BagPool& call) {
     const View &hidden = call.hidden, &pooled = call.pooled;
     check_offsets(call.offsets, hidden.shape[1]);
-    with_kernels(hidden.dtype, [&]<class In>(const PoolKernels<In>& kernels) {
+    with_kernels(hidden.dtype, hidden.shape[2], [&]<class In>(const PoolKernels<In>& kernels) {
         each_bag<In>(pooled.shape[0], pooled.shape[1], hidden.shape[1], hidden.shape[2],
                      call.n_threads, [&](int64_t batch, int64_t bag, Workspace<In>& work) {
                          pool_bag(call, kernels, batch, bag, work);
@@ -186,7 +186,7 @@ void bag_pool(const BagPool& call) {
 void bag_pool_backward(const BagPoolBackward& call) {
     const View &grad = call.grad, &out = call.grad_hidden;
     check_offsets(call.offsets, out.shape[1]);
-    with_kernels(grad.dtype, [&]<class In>(const PoolKernels<In>& kernels) {
+    with_kernels(grad.dtype, grad.shape[2], [&]<class In>(const PoolKernels<In>& kernels) {
         if (grad.shape[1] == 0)
             return zero(out.at<In>(), out.shape[0] * out.shape[1] * out.shape[2]);
         each_bag<In>(grad.shape[0], grad.shape[1], out.shape[1], grad.shape[2], call.n_threads,
@@ -198,7 +198,7 @@ void bag_pool_backward(const BagPoolBackward& call) {
 
 void l2_normalize(const View& rows, double eps, const View& out, int n_threads) {
     const int64_t count = rows.shape[0], depth = rows.shape[1];
-    with_kernels(rows.dtype, [&]<class In>(const PoolKernels<In>& kernels) {
+    with_kernels(rows.dtype, depth, [&]<class In>(const PoolKernels<In>& kernels) {
         each_range(count, depth, n_threads, [&](int64_t begin, int64_t end) {
             Workspace<In> work(depth);
             for (int64_t r = begin; r < end; ++r)
@@ -211,14 +211,13 @@ void l2_normalize(const View& rows, double eps, const View& out, int n_threads) 
 void l2_normalize_backward(const View& grad, const View& rows, double eps, const View& out,
                            int n_threads) {
     const int64_t count = rows.shape[0], depth = rows.shape[1];
-    with_kernels(rows.dtype, [&]<class In>(const PoolKernels<In>& kernels) {
+    with_kernels(rows.dtype, depth, [&]<class In>(const PoolKernels<In>& kernels) {
         each_range(count, depth, n_threads, [&](int64_t begin, int64_t end) {
             Workspace<In> work(depth);
             for (int64_t r = begin; r < end; ++r)
-                kernels.backward(
-                    bag_of(rows.at<const In>(r), rows.strides[1], 1, 0, depth, work),
-                    tight_row(grad.at<const In>(r), grad.strides[1], depth, work.grad), eps,
-                    out.at<In>(r));
+                kernels.backward(bag_of(rows.at<const In>(r), rows.strides[1], 1, 0, depth, work),
+                                 tight_row(grad.at<const In>(r), grad.strides[1], depth, work.grad),
+                                 eps, out.at<In>(r));
         });
     });
 }

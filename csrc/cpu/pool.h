@@ -37,7 +37,7 @@ void l2_normalize_backward(const View& grad, const View& rows, double eps, const
 template <class In>
 using Wide = std::conditional_t<std::is_same_v<In, double>, double, float>;
 
-// Sums reserve whole vectors of the widest level.
+// Shorter rows are for the short vectors of the plain level.
 constexpr int64_t kWidestVector = 16;
 
 // The tokens of one bag, at least one; a row to be normalised is a bag of one token.
@@ -45,7 +45,7 @@ template <class In>
 struct Bag {
     const In* tokens;  // stride 1 along D
     int64_t token_stride, count, depth;
-    Wide<In>* sum;  // scratch: [depth, up to whole vectors]
+    Wide<In>* sum;  // scratch: [depth, up to kWidestVector]
 };
 
 // The kernels of one instruction set. A row's bits depend on the level and on what it holds alone.

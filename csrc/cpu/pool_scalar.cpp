@@ -2,6 +2,7 @@
 // whatever vectors the baseline has.
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
 
 #include "cpu/numbers.h"
 #include "cpu/pool.h"

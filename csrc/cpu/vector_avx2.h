@@ -10,6 +10,7 @@ struct F32x8 {
     using M = __m256;
     static constexpr int kWidth = 8;
     static constexpr int kMaxRows = 6;
+    static constexpr bool kFused = true;  // fma rounds once
 
     static V load(const float* p) { return _mm256_loadu_ps(p); }
     static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
@@ -25,6 +26,11 @@ struct F32x8 {
         __m128 best = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         best = _mm_max_ps(best, _mm_movehl_ps(best, best));
         return _mm_cvtss_f32(_mm_max_ss(best, _mm_shuffle_ps(best, best, 1)));
+    }
+    static float total(V v) {
+        __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+        return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
     }
     static I iload(const int32_t* p) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -10,6 +10,7 @@ struct F32x16 {
     using M = __mmask16;
     static constexpr int kWidth = 16;
     static constexpr int kMaxRows = 13;
+    static constexpr bool kFused = true;  // fma rounds once
 
     static V load(const float* p) { return _mm512_loadu_ps(p); }
     static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
@@ -22,6 +23,7 @@ struct F32x16 {
     static V div(V a, V b) { return _mm512_div_ps(a, b); }
     static V max(V a, V b) { return _mm512_max_ps(a, b); }
     static float highest(V v) { return _mm512_reduce_max_ps(v); }
+    static float total(V v) { return _mm512_reduce_add_ps(v); }
     static I iload(const int32_t* p) { return _mm512_loadu_si512(p); }
     static void istore(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
     static I iset1(int32_t x) { return _mm512_set1_epi32(x); }
@@ -78,9 +80,8 @@ struct F32x16 {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
     }
     static void store_row(Half* p, V v) {
-        _mm256_storeu_si256(
-            reinterpret_cast<__m256i*>(p),
-            _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                            _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
     }
 
     // rows[i] lane j <-> rows[j] lane i

@@ -21,6 +21,7 @@ struct Plain {
     using M = Flags;
     static constexpr int kWidth = kWide;
     static constexpr int kMaxRows = 4;
+    static constexpr bool kFused = false;  // fma may round twice
 
     template <class Out, class Function>
     static Out each(Function function) {
@@ -61,6 +62,7 @@ struct Plain {
         for (int i = 1; i < kWide; ++i) best = v.lane[i] > best ? v.lane[i] : best;
         return best;
     }
+    static T total(const V& v) { return (v.lane[0] + v.lane[2]) + (v.lane[1] + v.lane[3]); }
     static I iload(const int32_t* p) {
         return each<I>([&](int i) { return p[i]; });
     }
