@@ -55,7 +55,8 @@ def learning() -> str:
     return (
         f"Recall in percent among 2,000 pictures, mean and standard deviation of three seeds; the "
         f"same encoders, drawings, objective and budget ({steps['words']['steps']} and "
-        f"{steps['pictures']['steps']} steps, a quarter of the shipped model's or fewer, and without its imitation). "
+        f"{steps['pictures']['steps']} steps, a quarter of the shipped model's or fewer, and none "
+        f"of its imitation). "
         f"{caption(result, file)}.\n\n"
         + table(["", "pairs R@1", "R@10", "unseen words R@1", "R@10"], rows)
     )
