@@ -81,6 +81,7 @@ struct TurnedJob {
     int64_t depth;      // D, in elements of E
     int32_t n_lanes;    // bags
     E* wide;            // [max_rows][depth] scratch; null where rows hold E already
+    const T* scales;    // [n_rows, up to whole tiles] as in PanelJob, of each patch; null: 1
     T* lane_best;       // [panels * lanes] maximum of each bag; written
     T* row_best;        // [n_rows, up to whole tiles] maximum of each patch; written
     int32_t* lane_row;  // [panels * lanes] its patch; null: no argmax
@@ -99,12 +100,14 @@ struct MaxSimKernels {
     // makes both scores NaN); with argmax they are exact, the first NaN winning.
     bool (*panel)(const PanelJob<T, E>& job);
     void (*rows)(const RowsJob<T>& job, bool has_nan);
-    // As `panel`: of a whole pair, from rows of E and, where there is any, of bfloat16 and float16;
-    // and of several texts.
+    // As `panel`: of a whole pair, from rows of E and, where there is any, of narrower types; and
+    // of several texts.
     bool (*turned)(const TurnedJob<T, E>& job);
     void (*shared)(const SharedJob<T, E>& job);
     bool (*turned_bf16)(const TurnedJob<T, E>& job) = nullptr;
     bool (*turned_f16)(const TurnedJob<T, E>& job) = nullptr;
+    bool (*turned_i8)(const TurnedJob<T, E>& job) = nullptr;
+    bool (*turned_f8)(const TurnedJob<T, E>& job) = nullptr;
     // Quick packing from float32, bfloat16, float16, int8 and float8, where there is any.
     PackPanel pack_f32 = nullptr, pack_bf16 = nullptr, pack_f16 = nullptr;
     PackPanel pack_i8 = nullptr, pack_f8 = nullptr;

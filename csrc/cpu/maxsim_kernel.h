@@ -203,5 +203,7 @@ MaxSimKernels<float> f32_kernels_over() {
     kernels.pack_f8 = pack_panel<Vec, Float8>;
     kernels.turned_bf16 = score_turned<Vec, BFloat16>;
     kernels.turned_f16 = score_turned<Vec, Half>;
+    kernels.turned_i8 = score_turned<Vec, int8_t>;
+    kernels.turned_f8 = score_turned<Vec, Float8>;
     return kernels;
 }

@@ -101,6 +101,17 @@ void interleave(const Rows<In>& rows, const int32_t* places, int count, int widt
         for (int64_t d = 0; d < depth; ++d) out[d * width + row] = E{};
 }
 
+// Quick packing from rows of In; null: there is none.
+template <class In, class T, class E>
+PackPanel quick_pack(const MaxSimKernels<T, E>& kernels) {
+    if constexpr (std::is_same_v<In, float>) return kernels.pack_f32;
+    if constexpr (std::is_same_v<In, BFloat16>) return kernels.pack_bf16;
+    if constexpr (std::is_same_v<In, Half>) return kernels.pack_f16;
+    if constexpr (std::is_same_v<In, int8_t>) return kernels.pack_i8;
+    if constexpr (std::is_same_v<In, Float8>) return kernels.pack_f8;
+    return nullptr;
+}
+
 // Image panels behind each other; `out` has room for whole panels. `quick` may be null.
 template <class E, class In>
 void pack_image(const Rows<In>& rows, const Places& places, int lanes, PackPanel quick, E* out) {
