@@ -32,7 +32,7 @@ def tiny() -> str:
         for kind, label in names.items()
     ]
     return (
-        f"The shipped model was trained from nothing in minutes on two cores, on the other themes "
+        f"The shipped model was trained from nothing in minutes on one core, on the other themes "
         f"of the same icons. Text to picture, among {metrics['sample']['pictures']} pictures "
         f"([metrics.json]({path.relative_to(ROOT)}), which `bagformer demo` measures again):\n\n"
         + table(["", "R@1", "R@5", "R@10"], rows)
