@@ -47,7 +47,7 @@ def judge_goals(case: Case, result: dict[str, Any], before: list[dict]) -> list[
         reached = found.get(who, {}).get(key)
         if rival == "memory":
             peaks = [found.get(who, {}).get("peak_extra_mb") for who in ("ours", "einsum")]
-            reached = round(peaks[0] / peaks[1], 3) if all(peaks) else None
+            reached = None if None in peaks or not peaks[1] else round(peaks[0] / peaks[1], 3)
         elif rival == "padding":
             reached = _over_share(case, found, before)
         most = rival in ("memory", "padding")
@@ -157,7 +157,8 @@ def main(argv: list[str] | None = None) -> int:
             rows.append(run_case(index, case.tiny() if options.tiny else case, extra, rows))
             show(rows[-1])
             if options.out:
-                _write(options.out, rows)
+                later = [kept.get((one.name, one.dtype)) for one in CASES[index + 1 :]]
+                _write(options.out, rows + [row for row in later if row])
     if options.out and kept:
         _write(options.out, rows)
     bad = [row for row in rows if "wrong" in row or "failed" in row]
