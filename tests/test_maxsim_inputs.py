@@ -193,6 +193,8 @@ def test_autocast_narrows_nothing(backend):
         maxsim_topk(*leaves, 2, backend=backend).scores.sum().backward()
         scores = maxsim(*leaves, backend=backend)
         gradients = torch.autograd.grad(sum(score.sum() for score in scores[:2]), leaves)
+        one_way = maxsim(*leaves, directions="image_to_text", backend=backend).image_to_text
+        gradients += torch.autograd.grad(one_way.sum(), leaves)
         return [
             *(leaf.grad for leaf in leaves),
             *(one.detach() for one in scores[:2]),

@@ -26,13 +26,13 @@ def define(
     name = schema.split("(", 1)[0]
 
     @functools.wraps(run)
-    def run_as_given(first: Tensor, *rest: Any) -> Any:
+    def run_as_given(*arguments: Any) -> Any:
         # autocast would reach the matrix products within and compute them in less than was asked
-        device = first.device.type
+        device = next(one.device.type for one in arguments if isinstance(one, Tensor))
         if not torch.is_autocast_enabled(device):
-            return run(first, *rest)
+            return run(*arguments)
         with torch.autocast(device, enabled=False):
-            return run(first, *rest)
+            return run(*arguments)
 
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in DEVICE_KEYS:
