@@ -150,11 +150,28 @@ def test_every_part_of_the_bound_is_needed(isa, reason, reduction, monkeypatch):
     assert (apart <= far).all() and apart.max() > 0
 
 
+@pytest.mark.parametrize("side", ["text", "image"])
+@pytest.mark.parametrize("reduction", reference.REDUCTIONS)
+def test_the_bound_is_reached(side, reduction):
+    """What one side lost points where the other side does, for every bag."""
+    lossy, other = torch.full((1, 6, 40), 0.49), torch.full((1, 6, 40), 127.0)
+    lossy[..., 0], other[..., 0] = 127, 0
+    text, image = (lossy, other) if side == "text" else (other, lossy)
+    (stored, norms), screened = ROOM.store(text, None), screen_images(image)
+    sides = stored.values, screened.int8.values, stored.scales, screened.int8.scales
+    options = None, None, "exclude", "text_to_image", reduction, False, "auto"
+    guess = _maxsim_int8.run(*sides, *options)[0]
+    exact = maxsim(text, image, reduction=reduction).text_to_image
+    counts = torch.tensor([6]) if reduction == "mean" else None
+    far = ROOM.bounds(norms, screened.limits, 40, counts).item()
+    assert 0.99 * far < (exact - guess).item() <= far
+
+
 def test_sums_that_pass_float32_on_their_way(monkeypatch):
     """The exact score is Inf, though the true one is small: no int8 score tells."""
     monkeypatch.setattr(ROOM, "LEFT", 1.0)
     text = torch.full((1, 1, 8), 1e19)
-    image = features(40, 3, 8, seed=1).abs()
+    image = 1e18 * features(40, 3, 8, seed=1).abs()
     image[33] = torch.tensor([3e19] * 4 + [-3e19] * 4)
     assert not maxsim(text, image).text_to_image[0, 33].isfinite()
     assert_same(text, image, 1)
