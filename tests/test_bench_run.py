@@ -166,6 +166,20 @@ def test_memory_that_rounds_to_nothing_is_measured(suite):
     assert suite.judge_goals(case, {"contenders": peaks}, [])[0]["met"] is None
 
 
+def test_padding_is_judged_by_rates_of_the_same_run(suite):
+    case = next(case for case in suite.CASES if case.kind == "nested")
+    padded = {**replace(case, kind="scores").__dict__, "contenders": {"ours": {"of_matmul": 0.9}}}
+    rates = {"ours": {"of_matmul": 0.6}, "ours_nested": {"of_matmul": 0.75}}
+
+    def reached(found, *before):
+        return suite.judge_goals(case, {"contenders": found}, list(before))[0]["reached"]
+
+    assert reached(rates, {**padded, "threads": 2}, padded) == 1.2
+    assert reached({"ours": rates["ours"]}, padded) == 1.5
+    assert reached(rates) is None and reached({"ours": {}}, padded) is None
+    assert reached(rates, {**padded, "contenders": {}}) is None
+
+
 @pytest.mark.parametrize("level", ["avx2", "avx512", "avx512vnni", "avx512bf16"])
 def test_the_peak_of_every_level_is_known(suite, monkeypatch, level):
     peak = importlib.import_module("peak")
