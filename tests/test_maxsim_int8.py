@@ -71,6 +71,28 @@ def test_every_instruction_set_gives_the_same_bits(isa, shape, monkeypatch):
     assert relative_error(got.text_to_image, want.text_to_image) < 1e-6
 
 
+# texts, bags, images, patches, features: more than a sweep over an image takes, and than are packed
+# at once
+@pytest.mark.parametrize("shape", [(90, 25, 2, 40, 256), (90, 100, 2, 3, 4096)])
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_many_texts(isa, shape, monkeypatch):
+    monkeypatch.setenv("BAGFORMER_CPU_ISA", isa)
+    text, image = pair_of(shape)
+    text.scales[50, 1] = float("nan")  # of one text alone
+    text.scales[70:] *= -1
+    keep = masks("random", text.scales.shape, image.scales.shape)[0]
+    for argmax in (False, True):
+        options = {"return_argmax": argmax, "backend": "cpu"}
+        got = maxsim_quantized(text, image, text_mask=keep, **options)
+        for i in (0, 30, 49, 50, 51, 89):
+            alone = maxsim_quantized(text[i : i + 1], image, text_mask=keep[[i]], **options)
+            assert same_bits(got.text_to_image[[i]], alone.text_to_image)
+            assert same_bits(got.image_to_text[:, [i]], alone.image_to_text)
+            if argmax:
+                assert torch.equal(got.text_argmax[[i]], alone.text_argmax)
+                assert torch.equal(got.image_argmax[:, [i]], alone.image_argmax)
+
+
 @pytest.mark.parametrize("isa", instruction_sets())
 def test_single_tokens_have_the_reference_to_the_bit(isa, monkeypatch):
     """With one bag and one patch nothing is summed but the integers."""

@@ -24,10 +24,6 @@ constexpr int64_t kGroupBytes = int64_t{32} << 20;
 constexpr int64_t kBlockBytes = int64_t{384} << 10;
 constexpr int64_t kItemsPerThread = 4;
 
-const uint8_t* mask_row(const View& mask, int64_t i, int64_t j = 0) {
-    return mask ? mask.at<const uint8_t>(i, mask.rank == 3 ? j : 0) : nullptr;
-}
-
 // What one thread needs for one image and one block of texts.
 template <class In, class E, class T>
 struct Workspace {
