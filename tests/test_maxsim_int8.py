@@ -19,6 +19,7 @@ from bagformer import (
 from bagformer.ops import _maxsim_int8
 from bagformer.ops.backend import choose_backend
 
+INF = float("inf")
 BACKENDS = ("cpu", "torch", "reference")
 # texts, bags, images, patches, features: whole and broken tiles, panels and words
 SHAPES = [(3, 14, 4, 67, 1), (2, 25, 3, 257, 64), (3, 7, 2, 33, 101), (1, 1, 2, 16, 130),
@@ -91,6 +92,18 @@ def test_many_texts(isa, shape, monkeypatch):
             if argmax:
                 assert torch.equal(got.text_argmax[[i]], alone.text_argmax)
                 assert torch.equal(got.image_argmax[:, [i]], alone.image_argmax)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_similarities_of_minus_infinity_behind_other_texts(isa, monkeypatch):
+    monkeypatch.setenv("BAGFORMER_CPU_ISA", isa)
+    text, image = pair_of((90, 25, 2, 40, 256))
+    image.values.fill_(-1), image.scales.fill_(1e30)
+    text.values[80] = 1
+    text.scales[80] = 1e30
+    got = maxsim_quantized(text, image, return_argmax=True, backend="cpu")
+    assert (got.text_to_image[80] == -INF).all() and (got.image_to_text[:, 80] == -INF).all()
+    assert (got.text_argmax[80] == 0).all() and (got.image_argmax[:, 80] == 0).all()
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
