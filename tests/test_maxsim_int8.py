@@ -95,10 +95,40 @@ def test_many_texts(isa, shape, monkeypatch):
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("texts", [1, 3])
+@pytest.mark.parametrize("width", [64, 65])
+def test_numbers_that_lie_anywhere(isa, texts, width, monkeypatch):
+    """Strides along every axis, scales too, and repeated tokens."""
+    monkeypatch.setenv("BAGFORMER_CPU_ISA", isa)
+    text, image = pair_of((texts, 14, 3, 37, width))
+    want = maxsim_quantized(text, image, backend="cpu")
+
+    def turned(x: Tensor) -> Tensor:
+        return x.mT.contiguous().mT
+
+    def apart(x: Tensor) -> Tensor:
+        return torch.stack([x, x.flip(-1)], dim=-1)[..., 0]
+
+    for change in (turned, apart):
+        sides = [QuantizedFeatures(change(x.values), change(x.scales)) for x in (text, image)]
+        assert sides[1].values.stride(-1) != 1
+        got = maxsim_quantized(*sides, backend="cpu")
+        assert all(map(same_bits, got[:2], want[:2]))
+    one = QuantizedFeatures(
+        image.values[:, :1].expand(-1, 37, -1), image.scales[:, :1].expand(-1, 37)
+    )
+    copied = QuantizedFeatures(one.values.contiguous(), one.scales.contiguous())
+    for argmax in (False, True):
+        got, want = (maxsim_quantized(text, x, return_argmax=argmax) for x in (one, copied))
+        assert all(map(same_bits, got[:2], want[:2]))
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
 def test_similarities_of_minus_infinity_behind_other_texts(isa, monkeypatch):
     monkeypatch.setenv("BAGFORMER_CPU_ISA", isa)
     text, image = pair_of((90, 25, 2, 40, 256))
-    image.values.fill_(-1), image.scales.fill_(1e30)
+    image.values.copy_(image.values.abs().clamp_min(1).neg())  # winners of others lie anywhere
+    image.scales.fill_(1e30)
     text.values[80] = 1
     text.scales[80] = 1e30
     got = maxsim_quantized(text, image, return_argmax=True, backend="cpu")
