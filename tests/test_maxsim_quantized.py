@@ -192,9 +192,16 @@ def test_what_is_refused():
         maxsim_quantized(text, stored(3, 4, 5, 8))
     with pytest.raises(ValueError, match=r"\[Ni, P, D\] or \[Nt, K, P, D\]"):
         maxsim_quantized(text, image[0])
-    with pytest.raises(RuntimeError, match="no_grad"):
+    with pytest.raises(RuntimeError, match=r"text requires one: .*no_grad"):
         maxsim_quantized(text.clone().requires_grad_(), image)
+    learned = QuantizedFeatures(image.values, image.scales.clone().requires_grad_())
+    for asker in (text, quantize_features(text)):
+        with pytest.raises(RuntimeError, match=r"image\.scales requires one"):
+            maxsim_quantized(asker, learned)
+    with pytest.raises(RuntimeError, match=r"text\.scales requires one"):
+        maxsim_quantized(learned, image)
     with torch.no_grad():
+        maxsim_quantized(learned, learned)
         maxsim_quantized(text.clone().requires_grad_(), image)
     with pytest.raises(ValueError, match=r"image_mask must have shape \[4, 5\]"):
         maxsim_quantized(text, image, image_mask=torch.ones(4, 4, dtype=torch.bool))
