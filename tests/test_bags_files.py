@@ -208,6 +208,17 @@ def test_states_that_lie(path, image, section, path_ids, words, text):
     refuse(path, bag_files.with_entry(image, section, state, **words), text)
 
 
+def test_the_last_base_that_fits(path, image):
+    header, state = bag_files.header_of(image), _state(image, 5)
+    word = bag_files.entry(image, "states", state)[0]
+    last = header["n_blocks"] * 32 - header["alphabet"]
+    fits = bag_files.with_entry(image, "states", state, w0=word - _base(image, state) + last)
+    path.write_bytes(fits)
+    assert same_bags(BagSegmenter.load(path)([[5, 9], [5, 5]]), BagSegmenter([(5,)])([[5, 9]] * 2))
+    beyond = bag_files.with_entry(fits, "states", state, w0=word - _base(image, state) + last + 1)
+    refuse(path, beyond, "a base lies outside the slots")
+
+
 def test_blocks_that_lie(path, image):
     used, before = bag_files.entry(image, "blocks", 0)
     assert before == 0 and used & 1
@@ -255,6 +266,17 @@ def test_links_that_contradict_each_other_stop_the_search(
         with pytest.raises(RuntimeError, match="links contradict each other"):
             forged(rows, n_threads=n_threads)
     assert forged([[9, 9]]).spans(0) == [(0, 1), (1, 2)]
+
+
+@pytest.mark.timeout(60)
+def test_a_link_to_itself_that_decides_nothing_is_found(path):
+    BagSegmenter([(1, 2, 3), (2, 4)]).save(path)
+    image = path.read_bytes()
+    state = _state(image, 1, 2)
+    assert bag_files.entry(image, "links", state) == (_state(image, 2), 0, 1)
+    path.write_bytes(bag_files.with_entry(image, "links", state, w0=state, w2=2))
+    with pytest.raises(RuntimeError, match="links contradict each other"):
+        BagSegmenter.load(path)([[1, 2, 9]], n_threads=1)
 
 
 def test_items_and_tokens_that_lie(path, image):
