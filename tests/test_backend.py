@@ -263,3 +263,35 @@ sys.exit(0 if done and status == 0 else 1)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_does_not_wait_for_threads_that_it_lacks():
     assert subprocess.run([sys.executable, "-c", FORK], timeout=120).returncode == 0
+
+
+CHANGING_ENVIRONMENT = """
+import os, threading, torch
+from bagformer import maxsim, maxsim_quantized, quantize_features
+
+torch.set_num_threads(1)
+text = image = torch.ones(1, 2, 4)
+stored, done = quantize_features(image), threading.Event()
+
+def change():
+    while not done.is_set():
+        for turn in range(3000):
+            os.environ[f"BAGFORMER_TEST_{turn}"] = "x" * (turn % 50)
+        for turn in range(3000):
+            del os.environ[f"BAGFORMER_TEST_{turn}"]
+
+thread = threading.Thread(target=change)
+thread.start()
+for _ in range(15000):
+    maxsim(text, image)
+    maxsim_quantized(stored, stored)
+done.set()
+thread.join()
+"""
+
+
+def test_another_thread_may_change_the_environment():
+    """The C library moves the environment when it grows: who reads it must hold the GIL."""
+    command = [sys.executable, "-c", CHANGING_ENVIRONMENT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr[-500:])

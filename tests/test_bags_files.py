@@ -197,6 +197,7 @@ def _state(image, *ids):
         ("links", (), {"w1": 1}, "the root's link is damaged"),
         ("links", (1, 2, 3), {"w2": 0}, "a link keeps a path that is not its state's"),
         ("links", (5,), {"w2": 1}, "a link keeps a path that is not its state's"),
+        ("links", (1, 2), {"w0": 1, "w2": 1}, "a link keeps a path that is not its state's"),
         ("links", (1, 2, 3), {"w0": 2**31}, "a link leads to no state"),
         ("links", (1, 2, 3), {"w1": 2**31}, "a link's item does not exist"),
         ("links", (1, 2), {"w1": 0}, "a plain flag is wrong"),
@@ -266,6 +267,17 @@ def test_links_that_contradict_each_other_stop_the_search(
         with pytest.raises(RuntimeError, match="links contradict each other"):
             forged(rows, n_threads=n_threads)
     assert forged([[9, 9]]).spans(0) == [(0, 1), (1, 2)]
+
+
+def test_items_that_overlap_and_ids_that_repeat(path):
+    BagSegmenter([(1, 2), (3, 4), (1, 2, 3, 4, 5, 6), (5, 7), (2**25, 1), (2**26, 1)]).save(path)
+    image = path.read_bytes()
+    last = bag_files.entry(image, "links", _state(image, 1, 2, 3, 4, 5))[1]
+    previous, start, length = bag_files.entry(image, "items", last)
+    assert previous != 0 and (start, length) == (2, 2)
+    refuse(path, bag_files.with_entry(image, "items", last, w1=1), "two items overlap")
+    repeated = bag_files.with_entry(image, "rare", 1, w0=2**25)
+    refuse(path, repeated, "rare ids are out of order")
 
 
 @pytest.mark.timeout(60)

@@ -348,7 +348,7 @@ void maxsim_forward(const MaxSimForward& call) {
     if (call.text.dtype == DType::i8) return maxsim_int8_forward(call);
     using Singles = MaxSimKernels<float>;
     using Pairs = MaxSimKernels<float, BFloat16Pair>;
-    const CpuKernels& kernels = kernels_of(active_isa());
+    const CpuKernels& kernels = kernels_of(call.isa);
     const MaxSimKernels<float>& f32 = kernels.f32;
     if (call.image.dtype == DType::i8)
         return forward_quantized<int8_t>(call, kernels, &Singles::pack_i8, &Pairs::pack_i8);

@@ -304,7 +304,7 @@ class Int8Forward {
 }  // namespace
 
 void maxsim_int8_forward(const MaxSimForward& call) {
-    Int8Forward(call, int8_kernels_of(active_isa())).run();
+    Int8Forward(call, int8_kernels_of(call.isa)).run();
 }
 
 }  // namespace bagformer
