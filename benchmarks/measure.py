@@ -23,6 +23,8 @@ LIMIT = {"float32": 2e-5, "bfloat16": 2e-2}
 # Who rounds similarities to bfloat16 may name another winner of a near tie, whose gradient goes
 # elsewhere then. That is an error, and is recorded, but no reason not to time a rival.
 RIVALS_STEP = {"float32": 2e-5, "bfloat16": 0.5}
+# texts that parity is judged on: more than those that our kernels score in another way
+JUDGED = 6
 SIDE = 2048
 COPIED = 1 << 26  # float32 numbers
 ROUNDS, FEWEST, SECONDS = 9, 3, 9.0
@@ -85,7 +87,7 @@ def _refused(one: Contender, case: Case, judged: Judged) -> str | None:
         call = one.make(case)
         if isinstance(call, str):
             return call
-        error = error_of(call, one, case.cut(4))
+        error = error_of(call, one, case.cut(JUDGED))
     except Exception as problem:
         if one.ours:
             raise
