@@ -280,7 +280,7 @@ def test_items_that_overlap_and_ids_that_repeat(path):
     refuse(path, repeated, "rare ids are out of order")
 
 
-@pytest.mark.timeout(60)
+@pytest.mark.timeout(60, method="thread")  # a search that hangs is deaf to signals
 def test_a_link_to_itself_that_decides_nothing_is_found(path):
     BagSegmenter([(1, 2, 3), (2, 4)]).save(path)
     image = path.read_bytes()
