@@ -3,6 +3,15 @@
 // sums start from -128 times the sum of its own numbers. Include as maxsim_int8_kernel.h and after
 // it, for four-byte words alone.
 
+// A hint: any address will do.
+inline void int8_prefetch(const void* address) {
+#if defined(__GNUC__)
+    __builtin_prefetch(address);
+#else
+    (void)address;
+#endif
+}
+
 // Sums of HEIGHT patches with COLUMNS vectors of bags. Inlined, or the sums would live in memory.
 template <class Vec, int HEIGHT, int COLUMNS>
 [[gnu::always_inline]] inline void int8_turned_sums(const Int8TurnedJob& job, int first_row,
@@ -19,7 +28,8 @@ template <class Vec, int HEIGHT, int COLUMNS>
     }
     for (int64_t d = 0; d < job.depth; ++d, panel += kLanes) {
         if (d % 16 == 0)  // a cache line of each row of the next tile
-            for (int r = 0; r < HEIGHT; ++r) prefetch(job.rows[first_row + HEIGHT + r] + 4 * d);
+            for (int r = 0; r < HEIGHT; ++r)
+                int8_prefetch(job.rows[first_row + HEIGHT + r] + 4 * d);
         typename Vec::I bags[COLUMNS];
 #pragma GCC unroll 2
         for (int c = 0; c < COLUMNS; ++c) bags[c] = Vec::words(panel + c * Vec::kWidth);
