@@ -156,6 +156,7 @@ void bind_maxsim_forward(py::module_& module) {
         need("image_to_text", call.i2t, scores, pairs.turned, true);
         need_integer("text_argmax", call.text_argmax, pairs.text_winners);
         need_integer("image_argmax", call.image_argmax, pairs.image_winners);
+        call.isa = active_isa();
         py::gil_scoped_release unlocked;
         maxsim_forward(call);
     });
@@ -198,6 +199,7 @@ void bind_maxsim_backward(py::module_& module) {
             for (const View* view : {&call.text, &call.image})
                 if (view->shape[view->rank - 1] > 1 && view->strides[view->rank - 1] != 1)
                     refuse("features must have stride 1 along D");
+            call.isa = active_isa();
             py::gil_scoped_release unlocked;
             maxsim_backward(call);
         });

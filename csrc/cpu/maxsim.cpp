@@ -24,10 +24,6 @@ constexpr int64_t kGroupBytes = int64_t{32} << 20;
 constexpr int64_t kBlockBytes = int64_t{384} << 10;
 constexpr int64_t kItemsPerThread = 4;
 
-const uint8_t* mask_row(const View& mask, int64_t i, int64_t j = 0) {
-    return mask ? mask.at<const uint8_t>(i, mask.rank == 3 ? j : 0) : nullptr;
-}
-
 // What one thread needs for one image and one block of texts.
 template <class ImageIn, class E, class T>
 struct Workspace {
@@ -342,7 +338,7 @@ void forward(const MaxSimForward& call, const CpuKernels& kernels) {
 
 void maxsim_forward(const MaxSimForward& call) {
     if (call.text.dtype == DType::i8) return maxsim_int8_forward(call);
-    const CpuKernels& kernels = kernels_of(active_isa());
+    const CpuKernels& kernels = kernels_of(call.isa);
     with_float_type(call.text.dtype, [&]<class In>(const In*) {
         if (call.image.dtype == DType::i8) return forward<In, int8_t>(call, kernels);
         if (call.image.dtype == DType::f8) return forward<In, Float8>(call, kernels);

@@ -130,6 +130,7 @@ struct MaxSimForward {
     View text_argmax, image_argmax;
     bool zero_mode, mean;
     int n_threads;
+    Isa isa;  // asked for under the GIL: os.environ moves what getenv reads
 };
 
 // Upstream gradients may be absent, then so is their argmax. Adds to grad_text and grad_image, each
@@ -143,6 +144,7 @@ struct MaxSimBackward {
     View grad_text, grad_image;  // contiguous, float32 or float64
     bool mean;
     int n_threads;
+    Isa isa;
 };
 
 void maxsim_forward(const MaxSimForward& call);

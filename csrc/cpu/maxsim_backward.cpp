@@ -16,9 +16,9 @@ int64_t element_bytes(DType dtype) {
     return dtype == DType::f32 ? 4 : 2;
 }
 
-AddScaled adder_of(DType dtype) {
+AddScaled adder_of(DType dtype, Isa isa) {
     if (dtype == DType::f64) return scalar_add_f64();
-    const CpuKernels& kernels = kernels_of(active_isa());
+    const CpuKernels& kernels = kernels_of(isa);
     if (dtype == DType::bf16) return kernels.add_bf16;
     return dtype == DType::f16 ? kernels.add_f16 : kernels.add_f32;
 }
@@ -37,7 +37,7 @@ class Backward {
   public:
     explicit Backward(const MaxSimBackward& call)
         : call_(call),
-          add_(adder_of(call.text.dtype)),
+          add_(adder_of(call.text.dtype, call.isa)),
           candidates_(call.image.rank == 4),
           texts_(call.text.shape[0]),
           bags_(call.text.shape[1]),

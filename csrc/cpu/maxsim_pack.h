@@ -10,6 +10,13 @@
 
 namespace bagformer {
 
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// The flags of one text's, image's or candidate's tokens; null: there is no mask.
+inline const uint8_t* mask_row(const View& mask, int64_t i, int64_t j = 0) {
+    return mask ? mask.at<const uint8_t>(i, mask.rank == 3 ? j : 0) : nullptr;
+}
+
 // The tokens of one text or image that count, in index order.
 struct Places {
     std::vector<int32_t> index;

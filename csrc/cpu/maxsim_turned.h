@@ -12,8 +12,6 @@
 
 namespace bagformer {
 
-inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
 // Whether an image that meets `texts` texts of `bags` bags is read where it lies. Turned, each text
 // pays for the spare lanes of its last vector; packed, the image is moved once, which is as much
 // work as some 24 bags of 16-lane vectors (measured), less where rows are short.
