@@ -133,15 +133,16 @@ struct MaxSimForward {
     Isa isa;  // asked for under the GIL: os.environ moves what getenv reads
 };
 
-// Upstream gradients may be absent, then so is their argmax. Adds to grad_text and grad_image, each
-// of which may be absent. Every row of a gradient has one owner, which adds to it in the order of
-// the other side's index: no atomics, the same bits on every run.
+// Upstream gradients may be absent, then so is their argmax. grad_text and grad_image may each be
+// absent; it is added to where it is as wide as the sums, and written whole, each sum rounded once,
+// where it is bfloat16 or float16. Every row of a gradient has one owner, which adds to it in the
+// order of the other side's index: no atomics, the same bits on every run.
 struct MaxSimBackward {
     View grad_t2i, grad_i2t;
     View text, image;  // stride 1 along D
     View text_mask, image_mask;
     View text_argmax, image_argmax;
-    View grad_text, grad_image;  // contiguous, float32 or float64
+    View grad_text, grad_image;  // contiguous; float32 (of float64 features float64), or as those
     bool mean;
     int n_threads;
     Isa isa;
@@ -152,10 +153,13 @@ void maxsim_backward(const MaxSimBackward& call);
 
 // total[d] += scale * row[d]; `row` holds `dtype`.
 using AddScaled = void (*)(void* total, const void* row, double scale, int64_t depth);
+// row[d] = total[d], rounded; `row` holds `dtype`.
+using Round = void (*)(const float* total, void* row, int64_t depth);
 
 struct CpuKernels {
     MaxSimKernels<float> f32;
     AddScaled add_f32, add_bf16, add_f16;
+    Round round_bf16, round_f16;
     // bfloat16 features multiplied as they are; null where the processor cannot.
     const MaxSimKernels<float, BFloat16Pair>* pairs = nullptr;
 };

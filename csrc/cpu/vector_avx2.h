@@ -17,7 +17,9 @@ struct F32x8 {
     static P load_packed(const E* p) { return _mm256_loadu_ps(p); }
     static P broadcast(E x) { return _mm256_set1_ps(x); }
     static V fma(P a, P b, V c) { return _mm256_fmadd_ps(a, b, c); }
+    static V add(V a, V b) { return _mm256_add_ps(a, b); }
     static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+    static V div(V a, V b) { return _mm256_div_ps(a, b); }
     static V max(V a, V b) { return _mm256_max_ps(a, b); }
     static float highest(V v) {
         __m128 best = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
@@ -75,6 +77,21 @@ struct F32x8 {
         return widen(x);
     }
     static void store_packed(E* p, V v) { _mm256_storeu_ps(p, v); }
+    static void store_row(float* p, V v) { _mm256_storeu_ps(p, v); }
+    static void store_row(BFloat16* p, V v) {  // as narrow<BFloat16>
+        const __m256i bits = _mm256_castps_si256(v), high = _mm256_srli_epi32(bits, 16);
+        const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+        const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+        const __m256i number = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+        const __m256i nan = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+        const __m256i words = iblend(is_nan(v), nan, number);
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+    }
+    static void store_row(Half* p, V v) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                         _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
 
     // rows[i] lane j <-> rows[j] lane i
     static void transpose(V* rows) {

@@ -44,6 +44,12 @@ struct Plain {
     static V fma(const V& a, const V& b, const V& c) {
         return each<V>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
     }
+    static V add(const V& a, const V& b) {
+        return each<V>([&](int i) { return a.lane[i] + b.lane[i]; });
+    }
+    static V div(const V& a, const V& b) {
+        return each<V>([&](int i) { return a.lane[i] / b.lane[i]; });
+    }
     static V mul(const V& a, const V& b) {
         return each<V>([&](int i) { return a.lane[i] * b.lane[i]; });
     }
@@ -87,5 +93,15 @@ struct Plain {
     }
     static I iblend(const M& m, const I& yes, const I& no) {
         return each<I>([&](int i) { return m.lane[i] ? yes.lane[i] : no.lane[i]; });
+    }
+
+    template <class In>
+    static V load_row(const In* p) {
+        return each<V>([&](int i) { return static_cast<T>(widen(p[i])); });
+    }
+    template <class In>
+    static void store_row(In* p, const V& v) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kWide; ++i) p[i] = narrow<In>(v.lane[i]);
     }
 };
