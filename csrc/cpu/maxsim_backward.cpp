@@ -24,8 +24,8 @@ AddScaled adder_of(DType dtype, Isa isa) {
     return dtype == DType::f16 ? kernels.add_f16 : kernels.add_f32;
 }
 
-Round rounder_of(DType dtype) {
-    const CpuKernels& kernels = kernels_of(active_isa());
+Round rounder_of(DType dtype, Isa isa) {
+    const CpuKernels& kernels = kernels_of(isa);
     return dtype == DType::bf16 ? kernels.round_bf16 : kernels.round_f16;
 }
 
@@ -70,7 +70,7 @@ class Backward {
         if (!grad) return;
         const int64_t count = rows * depth_, bytes = count * element_bytes(grad.dtype);
         const bool narrow = element_bytes(grad.dtype) == 2;
-        const Round round = rounder_of(grad.dtype);
+        const Round round = rounder_of(grad.dtype, call_.isa);
         std::vector<std::vector<float>> sums(narrow ? std::max(1, call_.n_threads) : 0);
         parallel_for(owners, call_.n_threads, [&](int64_t owner, int worker) {
             char* out = grad.data + owner * bytes;
