@@ -5,8 +5,10 @@
 
 Two stages. First the text encoder learns to find, for a text, a free set of vectors of its icon;
 this costs no pictures and is quick. Then the picture encoder learns to take the place of these
-vectors, with the texts fixed. Its pictures are recoloured at random: the three training themes of
-an icon show where its strokes and its surfaces are, so each may take any colour.
+vectors, with the texts fixed: to find the training texts' pictures, and to rank the pictures of a
+batch as the vectors rank, for texts that are drawn anew each time. Its pictures are recoloured at
+random: the three training themes of an icon show where its strokes and its surfaces are, so each
+may take any colour.
 
 Only training data are learned from, and no text that is made up from them has the tokens of a
 validation query, in any order. Every ``every`` steps the recall over all validation pictures is
@@ -218,6 +220,8 @@ class Trainer:
                 self.report("words", step + 1, total / self.config["every"], average, features)
                 total = 0.0
         learner.load_state_dict(average.copy.state_dict())
+        self.codes = self.code_features(codes.detach())
+        self.code_temperature = float(model.twc_loss.temperature())
 
     def code_features(self, codes: Tensor) -> Tensor:
         codes = torch.cat([codes.mean(dim=1, keepdim=True), codes], dim=1)
@@ -259,12 +263,33 @@ class Trainer:
                 text_mask=text_mask[rows],
                 positives=self.texts.belongs[rows][:, icons],
             )
+            if options["imitate"]:
+                loss = loss + options["imitate"] * self.imitation(image, icons)
             total += self.step(loss, optimizer, average)
             if (step + 1) % self.config["every"] == 0 or step + 1 == options["steps"]:
                 features = self.valid_features(average.copy[0], average.copy[1])
                 self.report("pictures", step + 1, total / self.config["every"], average, features)
                 total = 0.0
         learner.load_state_dict(average.copy.state_dict())
+
+    def imitation(self, image: Tensor, icons: np.ndarray) -> Tensor:
+        """Cross-entropy between how texts rank the pictures and how they rank the vectors that
+        the texts learned with. The texts are drawn anew, so most are not in the training set."""
+        inputs, _ = self.texts.draw(icons, self.rng, self.config["words"])
+        with torch.no_grad():
+            text = self.model.get_text_features(**inputs)
+        wanted, scores = (
+            maxsim(
+                text.text_features,
+                features,
+                text_mask=text.text_mask,
+                directions="text_to_image",
+                reduction="mean",
+            ).text_to_image
+            / self.code_temperature
+            for features in (self.codes[icons], image)
+        )
+        return F.cross_entropy(scores, wanted.softmax(dim=1))
 
     def save(self) -> None:
         """Matrices and kernels as float16, which halves the file; the model computes in float32."""

@@ -156,6 +156,7 @@ void bind_maxsim_forward(py::module_& module) {
         need("image_to_text", call.i2t, scores, pairs.turned, true);
         need_integer("text_argmax", call.text_argmax, pairs.text_winners);
         need_integer("image_argmax", call.image_argmax, pairs.image_winners);
+        call.isa = active_isa();
         py::gil_scoped_release unlocked;
         maxsim_forward(call);
     });
@@ -193,11 +194,15 @@ void bind_maxsim_backward(py::module_& module) {
             const auto dims = [](const View& view) {
                 return std::vector<int64_t>(view.shape.begin(), view.shape.begin() + view.rank);
             };
-            need("grad_text", call.grad_text, scores, dims(call.text), true);
-            need("grad_image", call.grad_image, scores, dims(call.image), true);
+            const auto sums = [&](const View& grad) {
+                return grad.dtype == call.text.dtype ? grad.dtype : scores;
+            };
+            need("grad_text", call.grad_text, sums(call.grad_text), dims(call.text), true);
+            need("grad_image", call.grad_image, sums(call.grad_image), dims(call.image), true);
             for (const View* view : {&call.text, &call.image})
                 if (view->shape[view->rank - 1] > 1 && view->strides[view->rank - 1] != 1)
                     refuse("features must have stride 1 along D");
+            call.isa = active_isa();
             py::gil_scoped_release unlocked;
             maxsim_backward(call);
         });
