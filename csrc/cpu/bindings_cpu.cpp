@@ -217,7 +217,8 @@ void bind_pool(py::module_& module) {
                      parse("pooled", pooled),
                      normalize,
                      eps,
-                     n_threads};
+                     n_threads,
+                     active_isa()};
         need_float("hidden", call.hidden, 3);
         const int64_t batch = call.hidden.shape[0], bags = call.offsets.shape[1] - 1;
         need("offsets", call.offsets, call.offsets.dtype == DType::i64 ? DType::i64 : DType::i32,
@@ -236,7 +237,8 @@ void bind_pool(py::module_& module) {
                              parse("mask", mask),
                              parse("grad_hidden", grad_hidden),
                              eps,
-                             n_threads};
+                             n_threads,
+                             active_isa()};
         need_float("grad", call.grad, 3);
         const int64_t batch = call.grad.shape[0], bags = call.grad.shape[1];
         const int64_t depth = call.grad.shape[2], tokens = call.grad_hidden.shape[1];
@@ -255,8 +257,9 @@ void bind_l2_normalize(py::module_& module) {
         const View input = parse("rows", rows), output = parse("out", out);
         need_float("rows", input, 2);
         need("out", output, input.dtype, {input.shape[0], input.shape[1]}, true);
+        const Isa isa = active_isa();
         py::gil_scoped_release unlocked;
-        l2_normalize(input, eps, output, n_threads);
+        l2_normalize(input, eps, output, n_threads, isa);
     });
     module.def("l2_normalize_backward",
                [](py::object grad, py::object rows, double eps, py::object out, int n_threads) {
@@ -265,8 +268,9 @@ void bind_l2_normalize(py::module_& module) {
                    need_float("rows", input, 2);
                    need("grad", upstream, input.dtype, {input.shape[0], input.shape[1]});
                    need("out", output, input.dtype, {input.shape[0], input.shape[1]}, true);
+                   const Isa isa = active_isa();
                    py::gil_scoped_release unlocked;
-                   l2_normalize_backward(upstream, input, eps, output, n_threads);
+                   l2_normalize_backward(upstream, input, eps, output, n_threads, isa);
                });
 }
 

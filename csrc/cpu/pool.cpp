@@ -26,10 +26,11 @@ void each_range(int64_t rows, int64_t row_elements, int n_threads, Work&& work) 
                  [&](int64_t item, int) { work(item * step, std::min(rows, (item + 1) * step)); });
 }
 
-// Calls use(kernels) with the kernels for rows of `depth` elements of `dtype`.
+// Calls use(kernels) with the kernels for rows of `depth` elements of `dtype`: short rows fill no
+// vector, and go to the plain ones.
 template <class Use>
-void with_kernels(DType dtype, int64_t depth, Use&& use) {
-    const PoolLevel& asked = pool_of(active_isa());
+void with_kernels(Isa isa, DType dtype, int64_t depth, Use&& use) {
+    const PoolLevel& asked = pool_of(isa);
     const PoolLevel& level = depth < kWidestVector ? scalar_pool() : asked;
     switch (dtype) {
         case DType::f64:
@@ -175,30 +176,32 @@ void each_bag(int64_t batch, int64_t bags, int64_t tokens, int64_t depth, int n_
 void bag_pool(const BagPool& call) {
     const View &hidden = call.hidden, &pooled = call.pooled;
     check_offsets(call.offsets, hidden.shape[1]);
-    with_kernels(hidden.dtype, hidden.shape[2], [&]<class In>(const PoolKernels<In>& kernels) {
-        each_bag<In>(pooled.shape[0], pooled.shape[1], hidden.shape[1], hidden.shape[2],
-                     call.n_threads, [&](int64_t batch, int64_t bag, Workspace<In>& work) {
-                         pool_bag(call, kernels, batch, bag, work);
-                     });
-    });
+    with_kernels(
+        call.isa, hidden.dtype, hidden.shape[2], [&]<class In>(const PoolKernels<In>& kernels) {
+            each_bag<In>(pooled.shape[0], pooled.shape[1], hidden.shape[1], hidden.shape[2],
+                         call.n_threads, [&](int64_t batch, int64_t bag, Workspace<In>& work) {
+                             pool_bag(call, kernels, batch, bag, work);
+                         });
+        });
 }
 
 void bag_pool_backward(const BagPoolBackward& call) {
     const View &grad = call.grad, &out = call.grad_hidden;
     check_offsets(call.offsets, out.shape[1]);
-    with_kernels(grad.dtype, grad.shape[2], [&]<class In>(const PoolKernels<In>& kernels) {
-        if (grad.shape[1] == 0)
-            return zero(out.at<In>(), out.shape[0] * out.shape[1] * out.shape[2]);
-        each_bag<In>(grad.shape[0], grad.shape[1], out.shape[1], grad.shape[2], call.n_threads,
-                     [&](int64_t batch, int64_t bag, Workspace<In>& work) {
-                         pool_bag_backward(call, kernels, batch, bag, work);
-                     });
-    });
+    with_kernels(
+        call.isa, grad.dtype, grad.shape[2], [&]<class In>(const PoolKernels<In>& kernels) {
+            if (grad.shape[1] == 0)
+                return zero(out.at<In>(), out.shape[0] * out.shape[1] * out.shape[2]);
+            each_bag<In>(grad.shape[0], grad.shape[1], out.shape[1], grad.shape[2], call.n_threads,
+                         [&](int64_t batch, int64_t bag, Workspace<In>& work) {
+                             pool_bag_backward(call, kernels, batch, bag, work);
+                         });
+        });
 }
 
-void l2_normalize(const View& rows, double eps, const View& out, int n_threads) {
+void l2_normalize(const View& rows, double eps, const View& out, int n_threads, Isa isa) {
     const int64_t count = rows.shape[0], depth = rows.shape[1];
-    with_kernels(rows.dtype, depth, [&]<class In>(const PoolKernels<In>& kernels) {
+    with_kernels(isa, rows.dtype, depth, [&]<class In>(const PoolKernels<In>& kernels) {
         each_range(count, depth, n_threads, [&](int64_t begin, int64_t end) {
             Workspace<In> work(depth);
             for (int64_t r = begin; r < end; ++r)
@@ -209,9 +212,9 @@ void l2_normalize(const View& rows, double eps, const View& out, int n_threads) 
 }
 
 void l2_normalize_backward(const View& grad, const View& rows, double eps, const View& out,
-                           int n_threads) {
+                           int n_threads, Isa isa) {
     const int64_t count = rows.shape[0], depth = rows.shape[1];
-    with_kernels(rows.dtype, depth, [&]<class In>(const PoolKernels<In>& kernels) {
+    with_kernels(isa, rows.dtype, depth, [&]<class In>(const PoolKernels<In>& kernels) {
         each_range(count, depth, n_threads, [&](int64_t begin, int64_t end) {
             Workspace<In> work(depth);
             for (int64_t r = begin; r < end; ++r)

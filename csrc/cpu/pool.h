@@ -18,6 +18,7 @@ struct BagPool {
     bool normalize;
     double eps;
     int n_threads;
+    Isa isa;
 };
 void bag_pool(const BagPool& call);
 
@@ -26,13 +27,14 @@ struct BagPoolBackward {
     View grad, hidden, offsets, mask, grad_hidden;
     double eps;
     int n_threads;
+    Isa isa;
 };
 void bag_pool_backward(const BagPoolBackward& call);
 
 // Rows of [R, D].
-void l2_normalize(const View& rows, double eps, const View& out, int n_threads);
+void l2_normalize(const View& rows, double eps, const View& out, int n_threads, Isa isa);
 void l2_normalize_backward(const View& grad, const View& rows, double eps, const View& out,
-                           int n_threads);
+                           int n_threads, Isa isa);
 
 template <class In>
 using Wide = std::conditional_t<std::is_same_v<In, double>, double, float>;

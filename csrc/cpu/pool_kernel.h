@@ -1,6 +1,5 @@
 // Bag sums and unit vectors over the vectors V of one instruction set. Include inside an unnamed
-// namespace, after the target pragma; needs cmath and
-// type_traits.
+// namespace, after the target pragma; needs cmath and type_traits.
 
 // Which elements the vector at d covers: kWidth; kWidth, of which the last `count` are new, since
 // the row's end is no multiple of kWidth; or `count`, the whole of a row shorter than a vector.
