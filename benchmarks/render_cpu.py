@@ -12,6 +12,7 @@ RIVALS = {
     "einsum": "einsum + amax",
     "compiled_einsum": "that, compiled",
     "per_image_matmul": "a matmul an image",
+    "one_matmul": "one matmul",
 }
 PACKAGES = ("late_interaction_kernels", "maxsim_cpu", "numkong")
 
