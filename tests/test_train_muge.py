@@ -23,15 +23,8 @@ FILES = ["recall_t2i.jsonl", "rank_t2i.jsonl", "merge_t2i.jsonl"]
 
 
 @pytest.fixture
-def run(capsys):
-    """Runs the command in this process; gives exit code, standard output and standard error."""
-
-    def call(*arguments):
-        code = main(["train-muge", *(str(argument) for argument in arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def run(run):
+    return lambda *arguments: run("train-muge", *arguments)
 
 
 @pytest.fixture

@@ -16,11 +16,6 @@ from bagformer.training.config import ConfigError
 from bagformer.training.loop import NonFiniteError
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return world.make_place(tmp_path_factory.mktemp("world"))
-
-
 @pytest.fixture
 def ended(place, tmp_path):
     """The configuration of a run of 8 updates that is over, saved at 4 and 8."""

@@ -143,13 +143,16 @@ def _run_backward(
     grads = grad_text_to_image, grad_image_to_text
     sides = text, image, text_mask, image_mask
     winners = text_argmax, image_argmax
-    if _chosen(text, image, backend) == "triton":
+    chosen = _chosen(text, image, backend)
+    if chosen == "triton":
         options = Options(mask_mode, _directions(*grads) or "both", reduction, precision)
         wants = wants_text, wants_image
         return _maxsim_triton.backward(grads, *sides, winners, options, wants, wide=False)
-    wide = reference.accumulation_dtype(text.dtype)
-    grad_text = text.new_zeros(text.shape if wants_text else [0] * 3, dtype=wide)
-    grad_image = image.new_zeros(image.shape if wants_image else [0] * image.dim(), dtype=wide)
+    dtypes = (reference.accumulation_dtype(text.dtype),) * 2
+    if chosen == "cpu":
+        dtypes = _maxsim_cpu.gradient_dtypes(text, image, winners)
+    grad_text = text.new_zeros(text.shape if wants_text else [0] * 3, dtype=dtypes[0])
+    grad_image = image.new_zeros(image.shape if wants_image else [0] * image.dim(), dtype=dtypes[1])
     settings = mask_mode, reduction, precision
     accumulate_backward(grads, sides, winners, settings, backend, (grad_text, grad_image))
     return grad_text.to(text.dtype), grad_image.to(image.dtype)
