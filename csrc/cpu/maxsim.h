@@ -21,14 +21,8 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/numbers.h"
+#include "cpu/target.h"
 #include "cpu/view.h"
-
-// The sums of a tile stay in registers only if what fills and what folds them become one function.
-#if defined(__GNUC__)
-#define BAGFORMER_INLINE inline __attribute__((always_inline))
-#else
-#define BAGFORMER_INLINE inline
-#endif
 
 namespace bagformer {
 

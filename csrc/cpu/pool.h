@@ -6,6 +6,7 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/numbers.h"
+#include "cpu/target.h"
 #include "cpu/view.h"
 
 namespace bagformer {
@@ -70,6 +71,8 @@ const PoolLevel& scalar_pool();
 #if BAGFORMER_X86
 const PoolLevel& avx2_pool();
 const PoolLevel& avx512_pool();
+#elif BAGFORMER_ARM64
+const PoolLevel& neon_pool();
 #endif
 
 const PoolLevel& pool_of(Isa isa);

@@ -30,6 +30,8 @@ const PoolLevel& pool_of(Isa isa) {
     // AVX512-BF16 rounds subnormal numbers to zero, and VNNI multiplies int8 alone
     if (isa >= Isa::avx512) return avx512_pool();
     if (isa == Isa::avx2) return avx2_pool();
+#elif BAGFORMER_ARM64
+    if (isa >= Isa::neon) return neon_pool();
 #endif
     (void)isa;
     return scalar_pool();
