@@ -74,10 +74,33 @@ void check_pool(const PoolCase& of, Fail&& fail) {
                  std::to_string(k % depth));
 }
 
+// Sums half way between two numbers go to the even one.
+template <class Fail>
+void check_ties(DType dtype, int64_t depth, Fail&& fail) {
+    const double step = dtype == DType::bf16 ? 0x1p-7 : 0x1p-10;
+    Tensor hidden(dtype, {1, 2, depth}), pooled(dtype, {1, 1, depth}), offsets(DType::i32, {1, 2});
+    const int32_t bounds[] = {0, 2};
+    std::memcpy(offsets.bytes.data(), bounds, sizeof bounds);
+    for (int64_t d = 0; d < depth; ++d) {
+        hidden.set(d, d % 2 ? 1 + step : 1);
+        hidden.set(depth + d, step / 2);
+    }
+    bagformer::bag_pool(
+        {hidden.view, offsets.view, View{}, pooled.view, false, 0, 1, bagformer::active_isa()});
+    for (int64_t d = 0; d < depth; ++d)
+        if (pooled.score(d) != (d % 2 ? 1 + 2 * step : 1))
+            fail("a tie, depth " + std::to_string(depth) + ", " + std::to_string(d));
+}
+
 // How many cases.
 template <class Fail>
 int check_pools(Fail&& fail) {
     int count = 0;
+    for (DType dtype : {DType::bf16, DType::f16})
+        for (int64_t depth : {3, 16, 37}) {
+            check_ties(dtype, depth, fail);
+            ++count;
+        }
     for (DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64})
         for (int64_t depth : {1, 3, 4, 15, 16, 17, 19, 20, 31, 33, 63, 64, 65, 70, 130})
             for (bool normalize : {false, true}) {
