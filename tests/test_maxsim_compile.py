@@ -33,7 +33,7 @@ def rows():
     yield "maxsim_backward", (*grads, *plain, "exclude", "sum", *tail, True, True)
     yield "maxsim_backward", (None, grads[1], *plain, "exclude", "sum", *tail, False, True)
     none = torch.empty(0, 0, 0, dtype=torch.uint8)
-    plain = text.detach(), candidates.detach(), None, None, none, none
+    plain = text.detach(), candidates.detach(), None, None, none, none, none.int().flatten()
     yield (
         "maxsim_candidates_backward",
         (grads[0], None, *plain, "zero", "mean", *tail, True, True),

@@ -20,7 +20,7 @@ _ARGUMENTS = (
 )
 _BACKWARD_ARGUMENTS = (
     "Tensor? grad_text_to_image, Tensor? grad_image_to_text, Tensor text, Tensor image, "
-    "Tensor? text_mask, Tensor? image_mask, Tensor text_argmax, Tensor image_argmax, "
+    "Tensor? text_mask, Tensor? image_mask, Tensor text_argmax, Tensor image_argmax, Tensor plan, "
     "str mask_mode, str reduction, str precision, str backend, bool wants_text, bool wants_image"
 )
 
@@ -63,7 +63,8 @@ def run(
     argmax: bool,
     precision: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Scores, narrow winners, and what the Triton kernels' backward wants of the masks."""
     chosen = _chosen(text, image, backend)
     options = Options(mask_mode, directions, reduction, precision)
     if chosen == "triton":
@@ -75,7 +76,11 @@ def run(
         _maxsim_torch.forward(text, image, text_mask, image_mask, options, outputs)
     else:
         _run_reference(text, image, text_mask, image_mask, options, outputs)
-    return outputs
+    return *outputs, _no_plan(text)
+
+
+def _no_plan(text: Tensor) -> Tensor:
+    return text.new_empty([0], dtype=torch.int32)
 
 
 def _run_reference(
@@ -120,8 +125,11 @@ def _fake(
     argmax: bool,
     precision: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(text, image, Options(mask_mode, directions, reduction, precision), argmax)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = _outputs(text, image, Options(mask_mode, directions, reduction, precision), argmax)
+    if _chosen(text, image, backend) == "triton":
+        return *outputs, _maxsim_triton.new_plan(text, image, text_mask, image_mask, argmax)
+    return *outputs, _no_plan(text)
 
 
 def _run_backward(
@@ -133,6 +141,7 @@ def _run_backward(
     image_mask: Tensor | None,
     text_argmax: Tensor,
     image_argmax: Tensor,
+    plan: Tensor,
     mask_mode: str,
     reduction: str,
     precision: str,
@@ -146,7 +155,7 @@ def _run_backward(
     if _chosen(text, image, backend) == "triton":
         options = Options(mask_mode, _directions(*grads) or "both", reduction, precision)
         wants = wants_text, wants_image
-        return _maxsim_triton.backward(grads, *sides, winners, options, wants, wide=False)
+        return _maxsim_triton.backward(grads, *sides, winners, options, wants, False, plan)
     wide = reference.accumulation_dtype(text.dtype)
     grad_text = text.new_zeros(text.shape if wants_text else [0] * 3, dtype=wide)
     grad_image = image.new_zeros(image.shape if wants_image else [0] * image.dim(), dtype=wide)
@@ -196,6 +205,7 @@ def _fake_backward(
     image_mask: Tensor | None,
     text_argmax: Tensor,
     image_argmax: Tensor,
+    plan: Tensor,
     mask_mode: str,
     reduction: str,
     precision: str,
@@ -212,8 +222,8 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     text, image, text_mask, image_mask, mask_mode, directions, reduction, _, *rest = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2], output[3])
-    ctx.save_for_backward(text, image, text_mask, image_mask, output[2], output[3])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(text, image, text_mask, image_mask, *output[2:])
     ctx.directions = directions
     ctx.options = (mask_mode, reduction, *rest)
 
@@ -250,6 +260,7 @@ def _backward_flops(
     image_mask: Any,
     text_argmax: Any,
     image_argmax: Any,
+    plan: Any,
     *options: Any,
     **_: Any,
 ) -> int:
@@ -264,7 +275,7 @@ def _backward_flops(
 
 
 for _name in ("maxsim", "maxsim_candidates"):
-    define(f"{_name}({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", run, _fake, _flops)
+    define(f"{_name}({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", run, _fake, _flops)
     define(
         f"{_name}_backward({_BACKWARD_ARGUMENTS}) -> (Tensor, Tensor)",
         _run_backward,

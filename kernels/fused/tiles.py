@@ -32,6 +32,11 @@ class Tile(NamedTuple):
     registers: int | None = None
     shares: bool = False
 
+    @property
+    def frame(self) -> tuple:
+        """What slot classes that share a launch have in common."""
+        return self._replace(block_n=0, shares=False)
+
     def covers(self, width: int) -> bool:
         """Whether loads need no column mask."""
         return width % self.step == 0 if self.step else self.head + self.tail == width
@@ -65,6 +70,11 @@ class GradientTile(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
+
+    @property
+    def frame(self) -> tuple:
+        """What slot classes that share a launch have in common."""
+        return self._replace(block_n=0)
 
 
 # With Triton 3.6, images that share a tile cost 2 to 101 spilled instructions.
