@@ -72,8 +72,8 @@ def _of_tensor_cores(rows: list[dict]) -> list[dict]:
 def test_nothing_spills(rows):
     assert {row["kernel"] for row in rows} >= {
         *SCORING, "nan_argmax_kernel", "bag_pool_forward_kernel", "bag_pool_backward_kernel",
-        "l2_normalize_forward_kernel", "l2_normalize_backward_kernel", "compact_kernel",
-        "bucket_kernel", "merge_kernel", "unpack_kernel",
+        "l2_normalize_forward_kernel", "l2_normalize_backward_kernel", "plan_kernel",
+        "merge_kernel", "unpack_kernel",
     }  # fmt: skip
     assert [row for row in rows if row["spills"]] == []
     assert all(row["programs_per_sm"] >= 1 for row in rows)
@@ -136,7 +136,7 @@ def test_what_the_operators_launch_compiles_and_fits(target, tmp_path):
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["kernel"] for row in found} == {
         *SCORING, "nan_argmax_kernel", "bag_pool_forward_kernel", "bag_pool_backward_kernel",
-        "l2_normalize_backward_kernel", "compact_both_kernel", "merge_kernel", "unpack_kernel",
+        "l2_normalize_backward_kernel", "plan_kernel", "merge_kernel", "unpack_kernel",
     }  # fmt: skip
     assert len({row["call"] for row in found}) == 7
     assert [row for row in found if row["programs_per_sm"] < 1] == []
