@@ -74,7 +74,7 @@ def scored(
     )
     slopes = (score if score.numel() else None for score in out[:2])
     return _maxsim_ops._run_backward(
-        *slopes, text, image, *masks, *out[2:], mode, reduction, precision, backend, *grads
+        *slopes, text, image, *masks, *out[2:4], mode, reduction, precision, backend, *grads, out[4]
     )
 
 

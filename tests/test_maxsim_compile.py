@@ -27,13 +27,13 @@ def rows():
     yield "maxsim", (text, image, *masks, *OPTIONS, True, *tail)
     yield "maxsim", (text, image, None, None, "zero", "image_to_text", "mean", False, *tail)
     yield "maxsim_candidates", (text, candidates, masks[0], None, *OPTIONS, True, *tail)
-    winners = OPS.maxsim(text, image, *masks, *OPTIONS, True, *tail)[2:]
+    winners = OPS.maxsim(text, image, *masks, *OPTIONS, True, *tail)[2:4]
     plain = text.detach(), image.detach(), *masks, *winners
     grads = features(3, 2), features(2, 3)
     yield "maxsim_backward", (*grads, *plain, "exclude", "sum", *tail, True, True)
     yield "maxsim_backward", (None, grads[1], *plain, "exclude", "sum", *tail, False, True)
     none = torch.empty(0, 0, 0, dtype=torch.uint8)
-    plain = text.detach(), candidates.detach(), None, None, none, none, none.int().flatten()
+    plain = text.detach(), candidates.detach(), None, None, none, none
     yield (
         "maxsim_candidates_backward",
         (grads[0], None, *plain, "zero", "mean", *tail, True, True),

@@ -20,8 +20,10 @@ _ARGUMENTS = (
 )
 _BACKWARD_ARGUMENTS = (
     "Tensor? grad_text_to_image, Tensor? grad_image_to_text, Tensor text, Tensor image, "
-    "Tensor? text_mask, Tensor? image_mask, Tensor text_argmax, Tensor image_argmax, Tensor plan, "
-    "str mask_mode, str reduction, str precision, str backend, bool wants_text, bool wants_image"
+    "Tensor? text_mask, Tensor? image_mask, Tensor text_argmax, Tensor image_argmax, "
+    "str mask_mode, str reduction, str precision, str backend, bool wants_text, bool wants_image, "
+    # last and optional: graphs that PyTorch cached on disk may call without
+    "Tensor? plan=None"
 )
 
 
@@ -141,13 +143,13 @@ def _run_backward(
     image_mask: Tensor | None,
     text_argmax: Tensor,
     image_argmax: Tensor,
-    plan: Tensor,
     mask_mode: str,
     reduction: str,
     precision: str,
     backend: str,
     wants_text: bool,
     wants_image: bool,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     grads = grad_text_to_image, grad_image_to_text
     sides = text, image, text_mask, image_mask
@@ -205,13 +207,13 @@ def _fake_backward(
     image_mask: Tensor | None,
     text_argmax: Tensor,
     image_argmax: Tensor,
-    plan: Tensor,
     mask_mode: str,
     reduction: str,
     precision: str,
     backend: str,
     wants_text: bool,
     wants_image: bool,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return (
         text.new_empty(text.shape if wants_text else [0] * 3),
@@ -235,7 +237,8 @@ def _backward_of(name: str) -> Any:
         grad_t2i = None if ctx.directions == "image_to_text" else grad_t2i
         grad_i2t = None if ctx.directions == "text_to_image" else grad_i2t
         op = getattr(torch.ops.bagformer, name + "_backward")
-        grads = op(grad_t2i, grad_i2t, *ctx.saved_tensors, *ctx.options, *wants)
+        *saved, plan = ctx.saved_tensors
+        grads = op(grad_t2i, grad_i2t, *saved, *ctx.options, *wants, plan)
         kept = [grad if wanted else None for grad, wanted in zip(grads, wants, strict=True)]
         return (*kept, *[None] * 8)
 
@@ -260,8 +263,13 @@ def _backward_flops(
     image_mask: Any,
     text_argmax: Any,
     image_argmax: Any,
-    plan: Any,
-    *options: Any,
+    mask_mode: str,
+    reduction: str,
+    precision: str,
+    backend: str,
+    wants_text: bool,
+    wants_image: bool,
+    *plan: Any,
     **_: Any,
 ) -> int:
     """A scaled row for each maximum and each side that wants a gradient, and the forward's
@@ -269,7 +277,7 @@ def _backward_flops(
     maxima = (0 if grad_t2i is None else text_shape[1]) + (
         0 if grad_i2t is None else image_shape[-2]
     )
-    wanted = int(options[-2]) + int(options[-1])
+    wanted = int(wants_text) + int(wants_image)
     again = 0 if text_argmax[0] or image_argmax[0] else _flops(text_shape, image_shape)
     return again + 2 * wanted * maxima * _pairs(text_shape, image_shape) * text_shape[2]
 

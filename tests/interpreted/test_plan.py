@@ -134,7 +134,7 @@ def test_a_plan_of_other_features_is_refused(device):
     tail = "exclude", "sum", "fp32", "triton", True, True
     with pytest.raises(ValueError, match="plan must be the one that the forward gave"):
         op.maxsim_backward(
-            *found[:2], text, image, *masks, *found[2:4], found[4][:-4].clone(), *tail
+            *found[:2], text, image, *masks, *found[2:4], *tail, found[4][:-4].clone()
         )
     assert op.maxsim(text, image, *masks, *options, False, "fp32", "triton")[4].numel() == 0
 
