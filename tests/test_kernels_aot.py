@@ -140,3 +140,29 @@ def test_what_the_operators_launch_compiles_and_fits(target, tmp_path):
     }  # fmt: skip
     assert len({row["call"] for row in found}) == 7
     assert [row for row in found if row["programs_per_sm"] < 1] == []
+
+
+def test_the_predicted_times_of_the_docs_are_those_of_the_report():
+    """docs/kernels.md may not drift from the committed file."""
+    report = json.loads((RESULTS / "aot_triton_3.8.0.json").read_text(encoding="utf-8"))
+    times = {
+        (row["kernel"], row["config"].rsplit(", ", 2)[0], row["target"]): row["predicted_ms"]
+        for row in report["rows"]
+        if row["predicted_ms"] is not None
+    }
+    kinds = {
+        "forward, both directions": "maxsim_forward_kernel",
+        "gradient of texts": "grad_text_kernel",
+        "gradient of images": "grad_image_kernel",
+    }
+    found = 0
+    for line in (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8").splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        kind = next((name for name in kinds if cells[0].startswith(f"{name}, ")), None)
+        if kind is None or len(cells) != 4:
+            continue
+        case = cells[0].removeprefix(f"{kind}, ")
+        wanted = [f"{times[kinds[kind], case, target]:.1f}" for target in TARGETS]
+        assert cells[1:] == wanted, line
+        found += 1
+    assert found == 10

@@ -191,10 +191,11 @@ def read(held: Tensor, text: Tensor, image: Tensor, masked: tuple[bool, bool], s
         if masked[side]:
             sections += _sections(_items(shape), shape[-2], side == 0)
     parts = list(held.split_with_sizes(sections))
-    words, order = NOTHING, (None, None)
+    words, order, bounds = NOTHING, None, None
     if masked[0]:
-        words, order, parts = Tokens(*parts[:3]), tuple(parts[3:5]), parts[5:]
-    return Plan(words, Tokens(*parts) if parts else NOTHING, *(order if sorts else (None, None)))
+        words, (order, bounds), parts = Tokens(*parts[:3]), parts[3:5], parts[5:]
+    pictures = Tokens(*parts) if parts else NOTHING
+    return Plan(words, pictures, order, bounds) if sorts else Plan(words, pictures)
 
 
 def make(
