@@ -210,6 +210,11 @@ class MugeImages(Mapping[Any, Image.Image]):
             line = int(self._numbers[row])
             raise MugeError(self.path, line, "image", "bad base64", f"base64: {error}") from error
 
+    def sizes(self, keys: Sequence[int | str]) -> np.ndarray:
+        """Characters of base64 of each picture, int64 ``[len(keys)]``; ``keys`` must be known."""
+        wanted = np.asarray(keys, np.int64 if self._ids.dtype == np.int64 else np.str_)
+        return self._sizes[self._order[np.searchsorted(self._ranked, wanted)]]
+
     def __getitem__(self, key: int | str) -> Image.Image:
         data = self.encoded(key)
         try:
@@ -356,11 +361,21 @@ class MugeDataset(Sequence[dict[str, Any]]):
         """Place in ``queries`` of the query of pair ``index``, which is at least 0."""
         return int(np.searchsorted(self._ends, index, side="right"))
 
+    def _item(self, index: int) -> int | str:
+        row = self.query_of(index)
+        return self.queries[row].item_ids[index - int(self._ends[row])]
+
+    def encoded(self, index: int) -> bytes:
+        """The file of the picture of pair ``index``. Raises MugeError."""
+        return self.images.encoded(self._item(index))
+
+    def sizes(self) -> np.ndarray:
+        """Characters of base64 of each pair's picture, int64 ``[len(self)]``."""
+        return self.images.sizes([item for query in self.queries for item in query.item_ids])
+
     def __getitem__(self, index: Any) -> Any:
         place = range(len(self))[index]
-        row = self.query_of(place)
-        query = self.queries[row]
-        item = query.item_ids[place - int(self._ends[row])]
+        query, item = self.queries[self.query_of(place)], self._item(place)
         image = self.images[item]
         return {"query_id": query.query_id, "item_id": item, "text": query.text, "image": image}
 

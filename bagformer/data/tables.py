@@ -16,6 +16,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bagformer.data.records import RecordError, shorten
 from bagformer.data.rows import Columns, Record, SourceError, make_record, row_error
 
@@ -110,6 +112,13 @@ class TableRows:
                     yield error
                 row += 1
 
+    def sizes(self) -> np.ndarray:
+        """Bytes of each row's picture, or of its path, int64, -1 where there is none."""
+        name = self._chosen["image"]
+        batches = self._pictures.with_format("arrow").iter(_AT_ONCE)
+        found = [_lengths(batch[name]) for batch in batches]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
     def encoded(self, row: int) -> bytes:
         """The picture's file, from the row or from the path it names. Raises RecordError."""
         name = self._chosen["image"]
@@ -161,6 +170,19 @@ def _present(column: Any) -> list[bool]:
         return compute.is_valid(column).to_pylist()
     parts = [compute.struct_field(column, field.name) for field in column.type]
     return [any(row) for row in zip(*(compute.is_valid(p).to_pylist() for p in parts), strict=True)]
+
+
+def _lengths(column: Any) -> np.ndarray:
+    """Of bytes, or else of the path. Reads no picture."""
+    import pyarrow
+    import pyarrow.compute as compute
+
+    parts = [column]
+    if pyarrow.types.is_struct(column.type):
+        names = sorted(field.name for field in column.type)
+        parts = [compute.struct_field(column, name) for name in names if name in ("bytes", "path")]
+    lengths = compute.coalesce(*(compute.binary_length(part).cast("int64") for part in parts))
+    return compute.fill_null(lengths, -1).to_numpy(zero_copy_only=False)
 
 
 def _columns_of(parquet: Any, path: Path) -> tuple[list[str], int]:

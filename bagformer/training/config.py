@@ -224,7 +224,7 @@ class TrainConfig:
 
 # Keys that a resumed run may change: they decide how it is run, not what it computes.
 FREE = frozenset(("output", "folder", "data", "valid", "checkpoint", "log", "device", "workers"))
-FREE |= {"start_method", "threads", "processor", "steps", "epochs", "gradient_checkpointing"}
+FREE |= {"start_method", "threads", "steps", "epochs", "gradient_checkpointing"}
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": PRECISIONS,
