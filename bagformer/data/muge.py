@@ -23,6 +23,7 @@ from bagformer.data.images import MAX_PIXELS, ImageError, decode_image
 from bagformer.data.records import (
     ErrorSink,
     MugeError,
+    OnError,
     decode_base64,
     has_surrogate,
     is_id,
@@ -70,7 +71,7 @@ class MugeImages(Mapping[Any, Image.Image]):
         self,
         path: str | os.PathLike[str],
         *,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         if max_pixels <= 0:
@@ -294,7 +295,7 @@ def _parse_query(path: Path, number: int, body: bytes) -> Query:
     return Query(key, text, tuple(items), number)
 
 
-def read_queries(path: str | os.PathLike[str], *, on_error: str = "raise") -> Queries:
+def read_queries(path: str | os.PathLike[str], *, on_error: OnError = "raise") -> Queries:
     """Queries of a jsonl file.
 
     Raises FileNotFoundError, :class:`MugeError` (with ``on_error="raise"``; with "skip" bad lines
@@ -326,7 +327,9 @@ class MugeDataset(Sequence[dict[str, Any]]):
     query that thereby loses all its items as "query without pictures", in ``skipped``.
     """
 
-    def __init__(self, queries: Queries, images: MugeImages, *, on_error: str = "raise") -> None:
+    def __init__(
+        self, queries: Queries, images: MugeImages, *, on_error: OnError = "raise"
+    ) -> None:
         self.images = images
         self._sink = ErrorSink(on_error)
         self.queries: list[Query] = []
@@ -345,8 +348,8 @@ class MugeDataset(Sequence[dict[str, Any]]):
         lost = [item for item in query.item_ids if item not in self.images]
         if not lost:
             return query
-        problem = f"no picture in {self.images.path} for {shorten(lost)}"
-        for _ in lost:
+        for item in lost:
+            problem = f"no picture in {self.images.path} for {shorten(item)}"
             self._sink.report(MugeError(path, query.line, "item_ids", "dangling item", problem))
         left = tuple(item for item in query.item_ids if item in self.images)
         if not left:

@@ -13,7 +13,15 @@ from PIL import Image
 
 from bagformer.data.images import MAX_PIXELS, ImageError, decode_image
 from bagformer.data.muge import Query
-from bagformer.data.records import ErrorSink, RecordError, RowError, has_surrogate, is_id, shorten
+from bagformer.data.records import (
+    ErrorSink,
+    OnError,
+    RecordError,
+    RowError,
+    has_surrogate,
+    is_id,
+    shorten,
+)
 
 Id = int | str
 
@@ -220,7 +228,7 @@ class RowPairs(Sequence[dict[str, Any]]):
         self,
         rows: Rows,
         *,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
         decode: bool = False,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
