@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
+CXX_TESTS := $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
 
 .PHONY: help demo test lint format bench clean
 help:
@@ -27,13 +28,13 @@ test: $(VENV)/installed-test
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES) $(CXX_TESTS)
 	PATH="$(abspath $(BIN)):$$PATH" sh .ci/mypy
 
 format: $(VENV)/installed-test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(CXX_FILES) $(CXX_TESTS)
 
 bench: $(VENV)/installed-test
 	$(BIN)/python benchmarks/run.py --quick

@@ -143,6 +143,8 @@ class Work:
 def _work(launch: Launch, shape: dict[str, int]) -> Work:
     const = launch.constants
     rows, cols = const["BLOCK_P"], const["BLOCK_N"]
+    if isinstance(cols, tuple):
+        (cols,) = cols
     tiles_of_image = -(-shape["patches"] // rows)
     size = shape["itemsize"]
     if launch.name == "maxsim_forward_kernel":
@@ -150,7 +152,7 @@ def _work(launch: Launch, shape: dict[str, int]) -> Work:
         depth = -(-shape["width"] // step) * step if step else head + tail
         streamed = (rows + (cols if step else 0)) * depth * size
         rounds = shape["images"] * tiles_of_image
-        if const["SHARED"]:  # leftover rows take one tile a program
+        if any(const["SHARED"]):  # leftover rows take one tile a program
             rounds = shape["images"] * (shape["patches"] // rows) + launch.grid[1]
         return Work(launch.grid[0] * rounds, 2.0 * rows * cols * depth, streamed)
     span = const["SPAN"]
@@ -187,6 +189,8 @@ def _predict(code: Code, launch: Launch, target: Target, shape: dict[str, int]) 
         return None
     if launch.name == "maxsim_quantized_kernel":
         return None  # the model knows no rates of the instructions that widen numbers
+    if len(launch.constants.get("RANKS", ())) > 0:
+        return None  # which programs take which loop, the texts decide
     work = _work(launch, shape)
     clocks = _clocks(code, launch, target, shape, work)
     lists = shape["texts"] if launch.constants["CANDIDATES"] else 1
@@ -195,11 +199,18 @@ def _predict(code: Code, launch: Launch, target: Target, shape: dict[str, int]) 
     return max(memory, work.trips * clocks / target.sms / target.ghz / 1e6)
 
 
+def _joined(value: int | tuple[int, ...]) -> str:
+    """One number, or one of each slot class that a launch serves."""
+    return "/".join(map(str, value)) if isinstance(value, tuple) else str(value)
+
+
 def _describe(launch: Launch, case: str) -> str:
     const = launch.constants
     parts = [case]
     if "BLOCK_P" in const:
-        parts.append(f"{const['BLOCK_P']}x{const['BLOCK_N']} slot {const['SLOT']}")
+        parts.append(
+            f"{const['BLOCK_P']}x{_joined(const['BLOCK_N'])} slot {_joined(const['SLOT'])}"
+        )
     return ", ".join([*parts, f"warps {launch.warps} stages {launch.stages}"])
 
 

@@ -59,6 +59,11 @@ class Case:
     def step(self) -> bool:
         return self.kind.endswith("step")
 
+    @property
+    def results_are_float32(self) -> bool:
+        """Scores are; pooled and normalised features, and gradients, have the features' dtype."""
+        return self.op.startswith("maxsim") and not self.step
+
     def cut(self, few: int) -> Case:
         """The same with few texts and images: what every contender is judged on."""
         return replace(self, texts=min(self.texts, few), images=min(self.images, few + 1))
@@ -117,6 +122,11 @@ class Contender:
     alone: bool = False  # runs in a process of its own, as it may crash
     inexact: float = 0.0  # error that its method has and its authors accept
     layout: Callable[..., Arguments] = _same  # inputs as it likes them best, made before timing
+
+    @property
+    def ours(self) -> bool:
+        """Wrong results of these end the run."""
+        return self.name.startswith("ours")
 
     def missing(self) -> str | None:
         if self.package and importlib.util.find_spec(self.package) is None:

@@ -30,7 +30,9 @@ def build(folder: Path) -> Path | None:
 def level_of(dtype: str) -> str:
     """The instructions that our kernels multiply ``dtype`` with on this processor, or as forced."""
     active = str(_native.load().cpu_isa())
-    return "avx512" if active == "avx512bf16" and dtype != "bfloat16" else active
+    if active == "avx512vnni" or (active == "avx512bf16" and dtype != "bfloat16"):
+        return "avx512"
+    return active
 
 
 def chains(library: Path, dtype: str) -> tuple[Callable[[], None], float] | None:

@@ -97,9 +97,8 @@ def sample_accuracy() -> dict[str, Any]:
     images = encode_images(model, processor, (pictures[key] for key in pictures))
     place = {key: index for index, key in enumerate(pictures)}
     relevant = [[place[key] for key in query.item_ids] for query in queries]
-    config = model.config
-    options = {"mask_mode": config.mask_mode, "reduction": config.reduction}
-    found = accuracy(texts.features, images.features, relevant, text_mask=texts.mask, **options)
+    options = {"text_mask": texts.mask, **model.config.scoring}
+    found = accuracy(texts.features, images.features, relevant, **options)
     shape = {
         "texts": len(queries),
         "pictures": len(pictures),

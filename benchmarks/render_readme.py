@@ -32,7 +32,7 @@ def tiny() -> str:
         for kind, label in names.items()
     ]
     return (
-        f"The shipped model was trained from nothing in minutes on two cores, on the other themes "
+        f"The shipped model was trained from nothing in minutes on one core, on the other themes "
         f"of the same icons. Text to picture, among {metrics['sample']['pictures']} pictures "
         f"([metrics.json]({path.relative_to(ROOT)}), which `bagformer demo` measures again):\n\n"
         + table(["", "R@1", "R@5", "R@10"], rows)
@@ -55,7 +55,8 @@ def learning() -> str:
     return (
         f"Recall in percent among 2,000 pictures, mean and standard deviation of three seeds; the "
         f"same encoders, drawings, objective and budget ({steps['words']['steps']} and "
-        f"{steps['pictures']['steps']} steps, under a third of the shipped model's). "
+        f"{steps['pictures']['steps']} steps, a quarter of the shipped model's or fewer, and none "
+        f"of its imitation). "
         f"{caption(result, file)}.\n\n"
         + table(["", "pairs R@1", "R@10", "unseen words R@1", "R@10"], rows)
     )

@@ -5,8 +5,10 @@
 
 Two stages. First the text encoder learns to find, for a text, a free set of vectors of its icon;
 this costs no pictures and is quick. Then the picture encoder learns to take the place of these
-vectors, with the texts fixed. Its pictures are recoloured at random: the three training themes of
-an icon show where its strokes and its surfaces are, so each may take any colour.
+vectors, with the texts fixed: to find the training texts' pictures, and to rank the pictures of a
+batch as the vectors rank, for texts that are drawn anew each time. Its pictures are recoloured at
+random: the three training themes of an icon show where its strokes and its surfaces are, so each
+may take any colour.
 
 Only training data are learned from, and no text that is made up from them has the tokens of a
 validation query, in any order. Every ``every`` steps the recall over all validation pictures is
@@ -20,7 +22,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 import yaml
+from optimise import Average, epochs, optimizer_of, set_rate
 from recolour import icon_layers, render
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -111,48 +113,6 @@ class Texts:
         return self.batch(rows), torch.stack(positives)
 
 
-class Average:
-    """Exponential moving average of some parameters and buffers of a module."""
-
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self.module, self.decay, self.step = module, decay, 0
-        self.copy = copy.deepcopy(module).eval()
-
-    @torch.no_grad()
-    def update(self) -> None:
-        self.step += 1
-        decay = min(self.decay, self.step / (self.step + 10))
-        own, new = self.copy.state_dict().values(), self.module.state_dict().values()
-        pairs = list(zip(own, new, strict=True))
-        floats = [(a, b) for a, b in pairs if a.is_floating_point()]
-        torch._foreach_lerp_([a for a, _ in floats], [b for _, b in floats], 1 - decay)
-        for old, fresh in pairs:
-            if not old.is_floating_point():
-                old.copy_(fresh)
-
-
-def optimizer_of(parameters: list[nn.Parameter], options: dict[str, Any]) -> torch.optim.Optimizer:
-    groups = [
-        {"params": [p for p in parameters if p.dim() > 1], "weight_decay": options["weight_decay"]},
-        {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=options["lr"], betas=(0.9, 0.98), fused=True)
-
-
-def set_rate(optimizer: torch.optim.Optimizer, step: int, options: dict[str, Any]) -> None:
-    """Linear warm-up over 60 steps, then cosine down to a hundredth."""
-    cosine = 0.5 * (1 + math.cos(math.pi * step / options["steps"]))
-    for group in optimizer.param_groups:
-        group["lr"] = options["lr"] * min(1.0, (step + 1) / 60) * (0.01 + 0.99 * cosine)
-
-
-def epochs(count: int, batch: int, rng: np.random.Generator):
-    while True:
-        order = rng.permutation(count)
-        for start in range(0, count - batch + 1, batch):
-            yield order[start : start + batch]
-
-
 class Trainer:
     """Both stages, and the log."""
 
@@ -218,6 +178,8 @@ class Trainer:
                 self.report("words", step + 1, total / self.config["every"], average, features)
                 total = 0.0
         learner.load_state_dict(average.copy.state_dict())
+        self.codes = self.code_features(codes.detach())
+        self.code_temperature = float(model.twc_loss.temperature())
 
     def code_features(self, codes: Tensor) -> Tensor:
         codes = torch.cat([codes.mean(dim=1, keepdim=True), codes], dim=1)
@@ -259,12 +221,33 @@ class Trainer:
                 text_mask=text_mask[rows],
                 positives=self.texts.belongs[rows][:, icons],
             )
+            if options["imitate"]:
+                loss = loss + options["imitate"] * self.imitation(image, icons)
             total += self.step(loss, optimizer, average)
             if (step + 1) % self.config["every"] == 0 or step + 1 == options["steps"]:
                 features = self.valid_features(average.copy[0], average.copy[1])
                 self.report("pictures", step + 1, total / self.config["every"], average, features)
                 total = 0.0
         learner.load_state_dict(average.copy.state_dict())
+
+    def imitation(self, image: Tensor, icons: np.ndarray) -> Tensor:
+        """Cross-entropy between how texts rank the pictures and how they rank the vectors that
+        the texts learned with. The texts are drawn anew, so most are not in the training set."""
+        inputs, _ = self.texts.draw(icons, self.rng, self.config["words"])
+        with torch.no_grad():
+            text = self.model.get_text_features(**inputs)
+        wanted, scores = (
+            maxsim(
+                text.text_features,
+                features,
+                text_mask=text.text_mask,
+                directions="text_to_image",
+                reduction="mean",
+            ).text_to_image
+            / self.code_temperature
+            for features in (self.codes[icons], image)
+        )
+        return F.cross_entropy(scores, wanted.softmax(dim=1))
 
     def save(self) -> None:
         """Matrices and kernels as float16, which halves the file; the model computes in float32."""

@@ -29,6 +29,27 @@ def golden() -> Path:
     return _need(GOLDEN)
 
 
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A small model, pictures and queries in a folder: see support.world."""
+    from support import world
+
+    return world.make_place(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture
+def run(capsys):
+    """Runs the command in this process; gives exit code, standard output and standard error."""
+    from bagformer.cli.main import main
+
+    def call(*arguments):
+        code = main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
 @pytest.fixture(scope="session")
 def original_data() -> Path:
     """Folder with the original's dictionary and bert-base-chinese's vocabulary."""

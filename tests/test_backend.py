@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,3 +266,47 @@ sys.exit(0 if done and status == 0 else 1)
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_a_forked_process_does_not_wait_for_threads_that_it_lacks():
     assert subprocess.run([sys.executable, "-c", FORK], timeout=120).returncode == 0
+
+
+CHANGING_ENVIRONMENT = """
+import os, threading, torch
+from bagformer import maxsim, maxsim_quantized, quantize_features
+
+torch.set_num_threads(1)
+text = image = torch.ones(1, 2, 4)
+stored, done = quantize_features(image), threading.Event()
+
+def change():
+    turn = 0
+    while not done.is_set():
+        for name in range(3000):
+            os.environ[f"BAGFORMER_TEST_{name}"] = "x" * (turn % 50)
+            turn += 1
+        for name in range(3000):
+            del os.environ[f"BAGFORMER_TEST_{name}"]
+
+thread = threading.Thread(target=change)
+thread.start()
+for turn in range(10000):
+    maxsim_quantized(stored, stored) if turn % 2 else maxsim(text, image)
+done.set()
+thread.join()
+"""
+
+
+def test_the_environment_is_read_under_the_gil():
+    """The C library moves the environment when it grows. Kernels run without the GIL."""
+    sources = Path(__file__).resolve().parent.parent / "csrc"
+    readers = [
+        path.name
+        for path in sorted(sources.rglob("*.cpp"))
+        if re.search(r"getenv|active_isa\(\)", path.read_text(encoding="utf-8"))
+    ]
+    assert readers == ["bindings_cpu.cpp", "dispatch.cpp"]
+
+
+def test_another_thread_may_change_the_environment():
+    """As above, by trial: without the GIL about every third run of this crashed."""
+    command = [sys.executable, "-c", CHANGING_ENVIRONMENT]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, (done.returncode, done.stderr[-500:])

@@ -197,6 +197,7 @@ def _state(image, *ids):
         ("links", (), {"w1": 1}, "the root's link is damaged"),
         ("links", (1, 2, 3), {"w2": 0}, "a link keeps a path that is not its state's"),
         ("links", (5,), {"w2": 1}, "a link keeps a path that is not its state's"),
+        ("links", (1, 2), {"w0": 1, "w2": 1}, "a link keeps a path that is not its state's"),
         ("links", (1, 2, 3), {"w0": 2**31}, "a link leads to no state"),
         ("links", (1, 2, 3), {"w1": 2**31}, "a link's item does not exist"),
         ("links", (1, 2), {"w1": 0}, "a plain flag is wrong"),
@@ -206,6 +207,17 @@ def _state(image, *ids):
 def test_states_that_lie(path, image, section, path_ids, words, text):
     state = _state(image, *path_ids)
     refuse(path, bag_files.with_entry(image, section, state, **words), text)
+
+
+def test_the_last_base_that_fits(path, image):
+    header, state = bag_files.header_of(image), _state(image, 5)
+    word = bag_files.entry(image, "states", state)[0]
+    last = header["n_blocks"] * 32 - header["alphabet"]
+    fits = bag_files.with_entry(image, "states", state, w0=word - _base(image, state) + last)
+    path.write_bytes(fits)
+    assert same_bags(BagSegmenter.load(path)([[5, 9], [5, 5]]), BagSegmenter([(5,)])([[5, 9]] * 2))
+    beyond = bag_files.with_entry(fits, "states", state, w0=word - _base(image, state) + last + 1)
+    refuse(path, beyond, "a base lies outside the slots")
 
 
 def test_blocks_that_lie(path, image):
@@ -255,6 +267,28 @@ def test_links_that_contradict_each_other_stop_the_search(
         with pytest.raises(RuntimeError, match="links contradict each other"):
             forged(rows, n_threads=n_threads)
     assert forged([[9, 9]]).spans(0) == [(0, 1), (1, 2)]
+
+
+def test_items_that_overlap_and_ids_that_repeat(path):
+    BagSegmenter([(1, 2), (3, 4), (1, 2, 3, 4, 5, 6), (5, 7), (2**25, 1), (2**26, 1)]).save(path)
+    image = path.read_bytes()
+    last = bag_files.entry(image, "links", _state(image, 1, 2, 3, 4, 5))[1]
+    previous, start, length = bag_files.entry(image, "items", last)
+    assert previous != 0 and (start, length) == (2, 2)
+    refuse(path, bag_files.with_entry(image, "items", last, w1=1), "two items overlap")
+    repeated = bag_files.with_entry(image, "rare", 1, w0=2**25)
+    refuse(path, repeated, "rare ids are out of order")
+
+
+@pytest.mark.timeout(60, method="thread")  # a search that hangs is deaf to signals
+def test_a_link_to_itself_that_decides_nothing_is_found(path):
+    BagSegmenter([(1, 2, 3), (2, 4)]).save(path)
+    image = path.read_bytes()
+    state = _state(image, 1, 2)
+    assert bag_files.entry(image, "links", state) == (_state(image, 2), 0, 1)
+    path.write_bytes(bag_files.with_entry(image, "links", state, w0=state, w2=2))
+    with pytest.raises(RuntimeError, match="links contradict each other"):
+        BagSegmenter.load(path)([[1, 2, 9]], n_threads=1)
 
 
 def test_items_and_tokens_that_lie(path, image):

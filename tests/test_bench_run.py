@@ -7,13 +7,16 @@ import json
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
+NAN = float("nan")
 LIMIT = {"float32": 2e-5, "bfloat16": 2e-2}
 
 
@@ -50,7 +53,7 @@ def library(tmp_path_factory):
 
 
 RIVALS = {
-    "maxsim": {"seed_loops", "einsum", "per_image_matmul"},
+    "maxsim": {"seed_loops", "einsum", "one_matmul", "per_image_matmul"},
     "maxsim_topk": {"seed_loops", "einsum", "maxsim_then_topk"},
     "bag_pool": {"seed_loops", "index_add", "segment_reduce"},
     "l2_normalize": {"functional_normalize"},
@@ -105,11 +108,83 @@ def test_a_wrong_kernel_ends_the_run(suite, monkeypatch, tmp_path):
 
     contend(monkeypatch, suite, replace(good, name="ours", make=lambda case: wrong), good)
     found = suite.measure(suite.CASES[0].tiny(), 3, 0.1)
-    assert found["wrong"].startswith("wrong: error 0.00")
+    assert found["wrong"].startswith("ours: wrong: error 0.00")
     monkeypatch.setattr(suite, "_child", lambda *_: found)
     out = tmp_path / "out.json"
     assert suite.main(["--only", "64 x 64", "--out", str(out)]) == 1
     assert json.loads(out.read_text())["rows"][0]["wrong"]
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda to_image, to_text: (to_image * NAN, to_text),
+        lambda to_image, to_text: (to_image, to_text[:1, :1]),
+        lambda to_image, to_text: (to_image, to_text.t()),
+        lambda to_image, to_text: (to_image, None),
+        lambda to_image, to_text: (None, None),
+        lambda to_image, to_text: (to_image, to_text * 1.001),
+    ],
+    ids=["nan", "one for all", "turned", "one direction", "no direction", "a thousandth"],
+)
+@pytest.mark.parametrize("name", ["ours", "ours_nested"])
+def test_no_fault_of_ours_passes(suite, monkeypatch, spoil, name):
+    ours = suite.OPS["maxsim"].contenders[0]
+    case = next(case for case in suite.CASES if (case.kind, case.dtype) == ("nested", "bfloat16"))
+    right = ours.make(case)
+    wrong = replace(ours, name=name, make=lambda case: lambda *given: spoil(*right(*given)))
+    contend(monkeypatch, suite, *([wrong] if name == "ours" else [ours, wrong]))
+    assert suite.measure(case.tiny(), 3, 0.1)["wrong"].startswith(f"{name}: wrong: error ")
+
+
+def test_a_rival_may_leave_a_direction_out_but_not_be_nan(suite, monkeypatch):
+    ours = suite.OPS["maxsim"].contenders[0]
+    right = ours.make(suite.CASES[0])
+    half = replace(ours, name="half", make=lambda case: lambda *given: (right(*given)[0], None))
+    nan = replace(ours, name="nan", make=lambda case: lambda *given: (right(*given)[0] * NAN, None))
+    contend(monkeypatch, suite, ours, half, nan)
+    found = suite.measure(suite.CASES[0].tiny(), 3, 0.1)["contenders"]
+    assert found["half"]["ms"] > 0 and found["nan"] == {"skipped": "wrong: error inf"}
+
+
+def test_no_call_always_follows_the_same_one(suite):
+    measure, order = importlib.import_module("measure"), []
+    calls = {name: lambda name=name: order.append(name) for name in "abcd"}
+    times = measure._in_turn(calls, 40, 60.0)
+    assert all(len(taken) == 40 for taken in times.values())
+    assert all(set(order[at : at + 4]) == set(calls) for at in range(0, len(order), 4))
+    followed = [first for first, second in pairwise(order) if second == "a"]
+    assert all(followed.count(name) > 4 for name in "bcd")
+
+
+def test_memory_that_rounds_to_nothing_is_measured(suite):
+    case = replace(suite.CASES[0], goals=(("memory", 0.05),))
+    peaks = {"ours": {"peak_extra_mb": 0.0}, "einsum": {"peak_extra_mb": 9.0}}
+    goal = suite.judge_goals(case, {"contenders": peaks}, [])[0]
+    assert goal["reached"] == 0.0 and goal["met"]
+    peaks["einsum"]["peak_extra_mb"] = 0.0
+    assert suite.judge_goals(case, {"contenders": peaks}, [])[0]["met"] is None
+
+
+def test_padding_is_judged_by_rates_of_the_same_run(suite):
+    case = next(case for case in suite.CASES if case.kind == "nested")
+    padded = {**replace(case, kind="scores").__dict__, "contenders": {"ours": {"of_matmul": 0.9}}}
+    rates = {"ours": {"of_matmul": 0.6}, "ours_nested": {"of_matmul": 0.75}}
+
+    def reached(found, *before):
+        return suite.judge_goals(case, {"contenders": found}, list(before))[0]["reached"]
+
+    assert reached(rates, {**padded, "threads": 2}, padded) == 1.2
+    assert reached({"ours": rates["ours"]}, padded) == 1.5
+    assert reached(rates) is None and reached({"ours": {}}, padded) is None
+    assert reached(rates, {**padded, "contenders": {}}) is None
+
+
+@pytest.mark.parametrize("level", ["avx2", "avx512", "avx512vnni", "avx512bf16"])
+def test_the_peak_of_every_level_is_known(suite, monkeypatch, level):
+    peak = importlib.import_module("peak")
+    monkeypatch.setattr(peak._native, "load", lambda: SimpleNamespace(cpu_isa=lambda: level))
+    assert {peak.level_of("float32"), peak.level_of("bfloat16")} <= peak.WORK.keys()
 
 
 def test_a_rival_that_is_wrong_absent_or_broken_is_written_down(suite, monkeypatch):
@@ -153,6 +228,25 @@ def test_a_stop_leaves_what_was_measured(suite, monkeypatch, tmp_path):
     goals = {goal["against"]: goal["met"] for goal in report["rows"][0]["goals"]}
     assert goals == {"seed_loops": None, "matmul": True}
     assert "failed" in report["rows"][0]["contenders"]["lonely"]["skipped"]
+
+
+def test_a_stop_while_one_case_is_measured_again_keeps_the_others(suite, monkeypatch, tmp_path):
+    told = {"contenders": {"ours": {"error": 0.0, "ms": 1.0, "of_matmul": 0.9}}}
+    child = {"time": lambda: json.loads(json.dumps(told)), "alone": dict, "memory": dict}
+    monkeypatch.setattr(suite, "_child", lambda _i, what, _c, _e: child[what]())
+    monkeypatch.setattr(suite.peak, "build", lambda folder: None)
+    out = tmp_path / "out.json"
+    assert suite.main(["--only", "64 x 64", "--out", str(out)]) == 0
+    names = [row["name"] for row in json.loads(out.read_text())["rows"]]
+
+    def stop(row):
+        if row["dtype"] == "bfloat16":
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(suite, "show", stop)
+    with pytest.raises(KeyboardInterrupt):
+        suite.main(["--only", "64 x 64, D", "--out", str(out), "--update"])
+    assert [row["name"] for row in json.loads(out.read_text())["rows"]] == names
 
 
 def test_one_case_is_measured_again_and_the_others_kept(suite, monkeypatch, tmp_path):

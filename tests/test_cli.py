@@ -11,24 +11,6 @@ import torch
 from support import world
 
 from bagformer import __version__, reference
-from bagformer.cli.main import main
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return world.make_place(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs the command in this process; gives exit code, standard output and standard error."""
-
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 @pytest.fixture

@@ -20,11 +20,6 @@ MEGABYTE = 2**20
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return world.make_place(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
 def written(place, tmp_path_factory):
     """One run of the demo on pictures in MUGE's format: its report and its page."""
     out = tmp_path_factory.mktemp("out")
@@ -34,13 +29,8 @@ def written(place, tmp_path_factory):
 
 
 @pytest.fixture
-def demo(place, tmp_path, capsys):
-    def call(*arguments):
-        code = main(["demo", "--out", str(tmp_path / "out"), *map(str, arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def demo(run, tmp_path):
+    return lambda *arguments: run("demo", "--out", tmp_path / "out", *arguments)
 
 
 def check_page(page: str, report: dict) -> None:

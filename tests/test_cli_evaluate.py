@@ -10,21 +10,9 @@ from support import source_sets, world
 from bagformer.cli.main import main
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return world.make_place(tmp_path_factory.mktemp("world"))
-
-
 @pytest.fixture
-def run(capsys):
-    """Runs the command in this process; gives exit code, standard output and standard error."""
-
-    def call(*arguments):
-        code = main(["evaluate", *(str(argument) for argument in arguments), "--device", "cpu"])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+def run(run):
+    return lambda *arguments: run("evaluate", *arguments, "--device", "cpu")
 
 
 def test_json_has_metrics_counts_and_the_submission(run, place, tmp_path):

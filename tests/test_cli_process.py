@@ -10,14 +10,8 @@ import sys
 import threading
 
 import pytest
-from support import world
 
 COMMAND = [sys.executable, "-m", "bagformer.cli"]
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return world.make_place(tmp_path_factory.mktemp("world"))
 
 
 def start(*arguments, **environment):

@@ -10,15 +10,8 @@ import sys
 
 import pytest
 import yaml
-from support import training, world
+from support import training
 from support.world import fails_with_one_line
-
-from bagformer.cli.main import main
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return world.make_place(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -32,40 +25,30 @@ def write(place, tmp_path):
     return call
 
 
-@pytest.fixture
-def cli(capsys):
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
-
-
-def test_train_then_resume_then_plot(cli, write, tmp_path):
+def test_train_then_resume_then_plot(run, write, tmp_path):
     config, output = write(), tmp_path / "run"
-    code, out, _ = cli("train", config, "--set", "steps=6", "--json", "--quiet")
+    code, out, _ = run("train", config, "--set", "steps=6", "--json", "--quiet")
     result = json.loads(out)
     assert code == 0 and result["step"] == 6 and result["metric"] == "recall_t2i_mean"
     assert result["model"] == str(output / "best")
     assert yaml.safe_load((output / "config.yaml").read_text())["steps"] == 6
-    fails_with_one_line(cli("train", config), 2, "train", "already holds a run")
-    code, out, _ = cli("train", config, "--resume", "--set", "steps=7")
+    fails_with_one_line(run("train", config), 2, "train", "already holds a run")
+    code, out, _ = run("train", config, "--resume", "--set", "steps=7")
     assert code == 0 and "done at step 7" in out and "best: recall_t2i_mean" in out
     steps = [row["step"] for row in training.read_rows(output, "train")]
     assert steps == [3, 6, 7]
     pytest.importorskip("matplotlib", reason="SKIPPED LOUDLY: matplotlib is not installed")
     picture = tmp_path / "curves.svg"
-    code, out, _ = cli("plot-log", output, output / "log.jsonl", "-o", picture)
+    code, out, _ = run("plot-log", output, output / "log.jsonl", "-o", picture)
     assert code == 0 and "8 curves of 2 logs" in out
     assert "<svg" in picture.read_text(encoding="utf-8")
 
 
-def test_dry_run_prints_the_resolved_configuration(cli, write):
-    code, out, _ = cli("train", write(), "--dry-run", "--set", "optim.lr=2e-5")
+def test_dry_run_prints_the_resolved_configuration(run, write):
+    code, out, _ = run("train", write(), "--dry-run", "--set", "optim.lr=2e-5")
     found = yaml.safe_load(out)
     assert code == 0 and found["optim"]["lr"] == 2e-5 and found["schedule"]["name"] == "cosine"
-    code, out, _ = cli("train", write(), "--dry-run", "--json")
+    code, out, _ = run("train", write(), "--dry-run", "--json")
     assert code == 0 and json.loads(out)["batch_size"] == 6
 
 
@@ -82,18 +65,18 @@ def test_dry_run_prints_the_resolved_configuration(cli, write):
         ({"mini_batch": 2}, [], "mini_batch: the matching loss cannot be computed in pieces"),
     ],
 )
-def test_mistakes_are_one_line(cli, write, changes, arguments, message):
-    result = cli("train", write(**changes), "--quiet", *arguments)
+def test_mistakes_are_one_line(run, write, changes, arguments, message):
+    result = run("train", write(**changes), "--quiet", *arguments)
     fails_with_one_line(result, 2, "train", message)
 
 
-def test_a_missing_configuration(cli, tmp_path):
-    fails_with_one_line(cli("train", tmp_path / "no.yaml"), 2, "train", "no.yaml")
+def test_a_missing_configuration(run, tmp_path):
+    fails_with_one_line(run("train", tmp_path / "no.yaml"), 2, "train", "no.yaml")
 
 
-def test_what_is_no_log(cli, tmp_path):
+def test_what_is_no_log(run, tmp_path):
     def fails(message, *arguments):
-        fails_with_one_line(cli("plot-log", *arguments), 2, "plot-log", message)
+        fails_with_one_line(run("plot-log", *arguments), 2, "plot-log", message)
 
     log = tmp_path / "log.jsonl"
     fails("no such file", log)
@@ -105,7 +88,7 @@ def test_what_is_no_log(cli, tmp_path):
     fails("--out: expected a name in .svg, .png, .pdf", log, "-o", "curves.txt")
 
 
-def test_plotting_without_matplotlib(cli, tmp_path, monkeypatch):
+def test_plotting_without_matplotlib(run, tmp_path, monkeypatch):
     (tmp_path / "log.jsonl").write_text('{"kind": "train", "step": 2, "loss": 1.5}\n')
     real = builtins.__import__
 
@@ -115,7 +98,7 @@ def test_plotting_without_matplotlib(cli, tmp_path, monkeypatch):
         return real(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", without)
-    result = cli("plot-log", tmp_path, "-o", tmp_path / "c.svg")
+    result = run("plot-log", tmp_path, "-o", tmp_path / "c.svg")
     fails_with_one_line(result, 2, "plot-log", "pip install 'bagformer[plot]'")
 
 

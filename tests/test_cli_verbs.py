@@ -4,28 +4,8 @@ from __future__ import annotations
 
 import json
 
-import pytest
 import torch
 from support import world
-
-from bagformer.cli.main import main
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return world.make_place(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture
-def run(capsys):
-    """Runs the command in this process; gives exit code, standard output and standard error."""
-
-    def call(*arguments):
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
 
 
 def test_data_check_counts_and_gives_examples(run, place, tmp_path):

@@ -74,26 +74,48 @@ def scored(
     )
     slopes = (score if score.numel() else None for score in out[:2])
     return _maxsim_ops._run_backward(
-        *slopes, text, image, *masks, *out[2:], mode, reduction, precision, backend, *grads
+        *slopes, text, image, *masks, *out[2:4], mode, reduction, precision, backend, *grads, out[4]
     )
 
 
-# A training step on unit features: at most 6 launches. Those with masks are what they are today.
+STEP = ["maxsim_forward_kernel", "nan_argmax_kernel", "grad_text_kernel", "grad_image_kernel"]
+# A training step on unit features: at most 6 launches, fills of PyTorch included.
 STEPS = [
-    ("all pairs", (1024,), False, 4),
-    ("all pairs, mask of the texts", (1024,), True, 14),
-    ("candidates", (1024, 4), False, 4),
-    ("candidates, mask of the texts", (1024, 4), True, 8),
+    ("all pairs", (1024,), (False, False), 0),
+    ("all pairs, mask of the texts", (1024,), (True, False), 1),
+    ("all pairs, mask of the images", (1024,), (False, True), 1),
+    ("all pairs, both masks", (1024,), (True, True), 1),
+    ("candidates", (1024, 4), (False, False), 0),
+    ("candidates, mask of the texts", (1024, 4), (True, False), 1),
+    ("candidates, both masks", (1024, 4), (True, True), 1),
 ]
 
 
-@pytest.mark.parametrize("name,images,masked,most", STEPS, ids=[row[0] for row in STEPS])
-def test_a_training_step_of_the_scores(name, images, masked, most):
+@pytest.mark.parametrize("name,images,masked,plans", STEPS, ids=[row[0] for row in STEPS])
+def test_a_training_step_of_the_scores(name, images, masked, plans):
     with recording() as found:
         text, image = empty(1024, 25, 256), empty(*images, 257, 256)
-        scored(text, image, (keeps(1024, 25) if masked else None, None))
-        assert {"maxsim_forward_kernel", "grad_text_kernel", "grad_image_kernel"} <= {*names(found)}
-        assert len(found) <= most, names(found)
+        sides = keeps(1024, 25), keeps(*images, 257)
+        scored(text, image, tuple(m if has else None for m, has in zip(sides, masked, strict=True)))
+        # texts in slots of 8 have a launch of their own where images are masked too (tiles.ALONE)
+        apart = ["maxsim_forward_kernel"] if name == "all pairs, both masks" else []
+        assert names(found) == ["plan_kernel"] * plans + apart + STEP
+        assert len(found) <= 6
+
+
+@pytest.mark.parametrize("family", ["sm_80", "sm_90", "sm_100", "small"])
+@pytest.mark.parametrize("width", [128, 256, 768])
+@pytest.mark.parametrize("mode", reference.MASK_MODES)
+def test_a_masked_step_takes_at_most_six_everywhere(monkeypatch, family, width, mode):
+    from bagformer.kernels import tiles
+
+    with recording() as found:
+        monkeypatch.setattr(tiles, "family_of", lambda device: family)
+        text, image = empty(1024, 25, width), empty(1024, 257, width)
+        for masks in ((keeps(1024, 25), None), (keeps(1024, 25), keeps(1024, 257))):
+            found.clear()
+            scored(text, image, masks, mask_mode=mode)
+            assert len(found) <= 6, names(found)
 
 
 def test_top_k_of_one_stripe_is_three_launches():

@@ -27,7 +27,7 @@ def rows():
     yield "maxsim", (text, image, *masks, *OPTIONS, True, *tail)
     yield "maxsim", (text, image, None, None, "zero", "image_to_text", "mean", False, *tail)
     yield "maxsim_candidates", (text, candidates, masks[0], None, *OPTIONS, True, *tail)
-    winners = OPS.maxsim(text, image, *masks, *OPTIONS, True, *tail)[2:]
+    winners = OPS.maxsim(text, image, *masks, *OPTIONS, True, *tail)[2:4]
     plain = text.detach(), image.detach(), *masks, *winners
     grads = features(3, 2), features(2, 3)
     yield "maxsim_backward", (*grads, *plain, "exclude", "sum", *tail, True, True)

@@ -7,7 +7,18 @@ import torch
 from support.makers import features, mask
 from torch.autograd import forward_ad
 
-from bagformer import bag_pool, l2_normalize, maxsim, maxsim_pairs, maxsim_topk, reference
+from bagformer import (
+    bag_pool,
+    l2_normalize,
+    maxsim,
+    maxsim_pairs,
+    maxsim_quantized,
+    maxsim_topk,
+    maxsim_topk_screened,
+    quantize_features,
+    reference,
+    screen_images,
+)
 from bagformer.ops import _native
 
 TEXT, IMAGE = features(2, 3, 4), features(5, 6, 4)
@@ -168,3 +179,33 @@ def test_any_byte_but_zero_in_a_mask_counts():
         maxsim(leaf, IMAGE, text_mask=keep, reduction="mean").text_to_image.sum().backward()
         gradients.append(leaf.grad)
     assert torch.equal(*gradients)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "torch", "reference"])
+def test_autocast_narrows_nothing(backend):
+    """What was given in float32 is computed in float32: scores, gradients, pools."""
+    text, image = features(3, 4, 33), features(5, 6, 33, seed=1)
+    stored = quantize_features(image)
+    offsets = torch.tensor([[0, 1, 2, 4]]).expand(3, -1)
+
+    def results():
+        leaves = [side.clone().requires_grad_() for side in (text, image)]
+        maxsim_topk(*leaves, 2, backend=backend).scores.sum().backward()
+        scores = maxsim(*leaves, backend=backend)
+        gradients = torch.autograd.grad(sum(score.sum() for score in scores[:2]), leaves)
+        one_way = maxsim(*leaves, directions="image_to_text", backend=backend).image_to_text
+        gradients += torch.autograd.grad(one_way.sum(), leaves)
+        return [
+            *(leaf.grad for leaf in leaves),
+            *(one.detach() for one in scores[:2]),
+            *gradients,
+            *maxsim_quantized(text, stored, backend=backend)[:2],
+            *maxsim_quantized(quantize_features(text), stored, backend=backend)[:2],
+            *maxsim_topk_screened(text, screen_images(image), 2, backend=backend),
+            bag_pool(text, offsets, normalize=True, backend=backend),
+            l2_normalize(text, backend=backend),
+        ]
+
+    wanted = results()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert all(map(torch.equal, results(), wanted))

@@ -19,6 +19,7 @@ from bagformer import (
 from bagformer.ops import _maxsim_int8
 from bagformer.ops.backend import choose_backend
 
+INF = float("inf")
 BACKENDS = ("cpu", "torch", "reference")
 # texts, bags, images, patches, features: whole and broken tiles, panels and words
 SHAPES = [(3, 14, 4, 67, 1), (2, 25, 3, 257, 64), (3, 7, 2, 33, 101), (1, 1, 2, 16, 130),
@@ -69,6 +70,70 @@ def test_every_instruction_set_gives_the_same_bits(isa, shape, monkeypatch):
     assert torch.equal(got.text_argmax, want.text_argmax)
     assert torch.equal(got.image_argmax, want.image_argmax)
     assert relative_error(got.text_to_image, want.text_to_image) < 1e-6
+
+
+# texts, bags, images, patches, features: more than a sweep over an image takes, and than are packed
+# at once
+@pytest.mark.parametrize("shape", [(90, 25, 2, 40, 256), (90, 100, 2, 3, 4096)])
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_many_texts(isa, shape, monkeypatch):
+    monkeypatch.setenv("BAGFORMER_CPU_ISA", isa)
+    text, image = pair_of(shape)
+    text.scales[50, 1] = float("nan")  # of one text alone
+    text.scales[70:] *= -1
+    keep = masks("random", text.scales.shape, image.scales.shape)[0]
+    for argmax in (False, True):
+        options = {"return_argmax": argmax, "backend": "cpu"}
+        got = maxsim_quantized(text, image, text_mask=keep, **options)
+        for i in (0, 30, 49, 50, 51, 89):
+            alone = maxsim_quantized(text[i : i + 1], image, text_mask=keep[[i]], **options)
+            assert same_bits(got.text_to_image[[i]], alone.text_to_image)
+            assert same_bits(got.image_to_text[:, [i]], alone.image_to_text)
+            if argmax:
+                assert torch.equal(got.text_argmax[[i]], alone.text_argmax)
+                assert torch.equal(got.image_argmax[:, [i]], alone.image_argmax)
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("texts", [1, 3])
+@pytest.mark.parametrize("width", [64, 65])
+def test_numbers_that_lie_anywhere(isa, texts, width, monkeypatch):
+    """Strides along every axis, scales too, and repeated tokens."""
+    monkeypatch.setenv("BAGFORMER_CPU_ISA", isa)
+    text, image = pair_of((texts, 14, 3, 37, width))
+    want = maxsim_quantized(text, image, backend="cpu")
+
+    def turned(x: Tensor) -> Tensor:
+        return x.mT.contiguous().mT
+
+    def apart(x: Tensor) -> Tensor:
+        return torch.stack([x, x.flip(-1)], dim=-1)[..., 0]
+
+    for change in (turned, apart):
+        sides = [QuantizedFeatures(change(x.values), change(x.scales)) for x in (text, image)]
+        assert sides[1].values.stride(-1) != 1
+        got = maxsim_quantized(*sides, backend="cpu")
+        assert all(map(same_bits, got[:2], want[:2]))
+    one = QuantizedFeatures(
+        image.values[:, :1].expand(-1, 37, -1), image.scales[:, :1].expand(-1, 37)
+    )
+    copied = QuantizedFeatures(one.values.contiguous(), one.scales.contiguous())
+    for argmax in (False, True):
+        got, want = (maxsim_quantized(text, x, return_argmax=argmax) for x in (one, copied))
+        assert all(map(same_bits, got[:2], want[:2]))
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+def test_similarities_of_minus_infinity_behind_other_texts(isa, monkeypatch):
+    monkeypatch.setenv("BAGFORMER_CPU_ISA", isa)
+    text, image = pair_of((90, 25, 2, 40, 256))
+    image.values.copy_(image.values.abs().clamp_min(1).neg())  # winners of others lie anywhere
+    image.scales.fill_(1e30)
+    text.values[80] = 1
+    text.scales[80] = 1e30
+    got = maxsim_quantized(text, image, return_argmax=True, backend="cpu")
+    assert (got.text_to_image[80] == -INF).all() and (got.image_to_text[:, 80] == -INF).all()
+    assert (got.text_argmax[80] == 0).all() and (got.image_argmax[:, 80] == 0).all()
 
 
 @pytest.mark.parametrize("isa", instruction_sets())

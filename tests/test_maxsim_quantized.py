@@ -76,6 +76,28 @@ def test_every_instruction_set_agrees_with_the_reference(isa, source, dtype, mon
 
 
 @pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("dtype", FORMATS)
+@pytest.mark.parametrize("source", FLOATS)
+def test_short_texts_that_share_tiles_have_their_own_bits(isa, source, dtype, monkeypatch):
+    monkeypatch.setenv("BAGFORMER_CPU_ISA", isa)
+    text, image = features(9, 10, 24, dtype=source), stored(3, 37, 24, dtype=dtype)
+    keep = torch.arange(10) < torch.tensor([3, 0, 4, 10, 1, 5, 6, 2, 7])[:, None]
+    for argmax in (False, True):
+        options = {"return_argmax": argmax, "mask_mode": "zero", "backend": "cpu"}
+        shared = maxsim_quantized(text, image, text_mask=keep, **options)
+        for i in range(9):
+            alone = maxsim_quantized(text[[i]], image, text_mask=keep[[i]], **options)
+            assert same_bits(shared.text_to_image[[i]], alone.text_to_image)
+            assert same_bits(shared.image_to_text[:, [i]], alone.image_to_text)
+    want = reference.maxsim_quantized(
+        text.double(), image.values, image.scales, text_mask=keep, mask_mode="zero"
+    )
+    allowed = TOLERANCES[torch.float64 if source == torch.float64 else torch.float32]
+    assert relative_error(shared.text_to_image, want.text_to_image) <= allowed
+    assert relative_error(shared.image_to_text, want.image_to_text) <= allowed
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
 @pytest.mark.parametrize("source", [torch.float32, torch.bfloat16])
 def test_every_fp8_code_is_read_right(isa, source, monkeypatch):
     """A patch for each code, subnormal numbers and NaN among them; as many features as lanes."""
@@ -170,9 +192,16 @@ def test_what_is_refused():
         maxsim_quantized(text, stored(3, 4, 5, 8))
     with pytest.raises(ValueError, match=r"\[Ni, P, D\] or \[Nt, K, P, D\]"):
         maxsim_quantized(text, image[0])
-    with pytest.raises(RuntimeError, match="no_grad"):
+    with pytest.raises(RuntimeError, match=r"text requires one: .*no_grad"):
         maxsim_quantized(text.clone().requires_grad_(), image)
+    learned = QuantizedFeatures(image.values, image.scales.clone().requires_grad_())
+    for asker in (text, quantize_features(text)):
+        with pytest.raises(RuntimeError, match=r"image\.scales requires one"):
+            maxsim_quantized(asker, learned)
+    with pytest.raises(RuntimeError, match=r"text\.scales requires one"):
+        maxsim_quantized(learned, image)
     with torch.no_grad():
+        maxsim_quantized(learned, learned)
         maxsim_quantized(text.clone().requires_grad_(), image)
     with pytest.raises(ValueError, match=r"image_mask must have shape \[4, 5\]"):
         maxsim_quantized(text, image, image_mask=torch.ones(4, 4, dtype=torch.bool))

@@ -114,6 +114,70 @@ def test_the_bound_holds_at_any_magnitude(isa, dtype, monkeypatch):
     assert (broken | (apart <= far)).all() and (broken.sum() < 90 or dtype == torch.float16)
 
 
+def whole(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Rows that int8 holds exactly, each with a scale of 1."""
+    rows = (features(*shape, seed=seed) * 60).round().clamp(-126, 126)
+    rows[..., 0] = 127
+    return rows
+
+
+# what alone keeps the int8 score from the exact one: what the text lost, what the image lost, sums
+# of float32 (D beyond 1,040, so that whole numbers pass 2^24), and what vanishes in float32
+APART = {
+    "text": (features(4, 6, 40), whole(9, 35, 40, seed=1)),
+    "image": (whole(4, 6, 40), features(9, 35, 40, seed=1)),
+    "sums": (whole(4, 6, 5000).abs().clamp_min(65), whole(9, 3, 5000, seed=1).abs().clamp_min(65)),
+    "vanishing": (1e-22 * features(4, 6, 40), 1e-22 * features(9, 35, 40, seed=1)),
+}
+
+
+@pytest.mark.parametrize("isa", instruction_sets())
+@pytest.mark.parametrize("reason", APART)
+@pytest.mark.parametrize("reduction", reference.REDUCTIONS)
+def test_every_part_of_the_bound_is_needed(isa, reason, reduction, monkeypatch):
+    monkeypatch.setenv("BAGFORMER_CPU_ISA", isa)
+    text, image = APART[reason]
+    keep = torch.arange(6) < torch.tensor([1, 2, 5, 6])[:, None]
+    stored, norms = ROOM.store(text, keep)
+    screened, width = screen_images(image), text.shape[-1]
+    sides = stored.values, screened.int8.values, stored.scales, screened.int8.scales
+    options = keep, None, "exclude", "text_to_image", reduction, False, "cpu"
+    guess = _maxsim_int8.run(*sides, *options)[0].double()
+    exact = maxsim(text, image, text_mask=keep, reduction=reduction).text_to_image.double()
+    counts = keep.sum(-1) if reduction == "mean" else None
+    apart = (guess - exact).abs()
+    far = ROOM.bounds(norms, screened.limits, width, counts)
+    assert (apart <= far).all() and apart.max() > 0
+
+
+@pytest.mark.parametrize("side", ["text", "image"])
+@pytest.mark.parametrize("reduction", reference.REDUCTIONS)
+def test_the_bound_is_reached(side, reduction):
+    """What one side lost points where the other side does, for every bag."""
+    lossy, other = torch.full((1, 6, 40), 0.49), torch.full((1, 6, 40), 127.0)
+    lossy[..., 0], other[..., 0] = 127, 0
+    text, image = (lossy, other) if side == "text" else (other, lossy)
+    (stored, norms), screened = ROOM.store(text, None), screen_images(image)
+    sides = stored.values, screened.int8.values, stored.scales, screened.int8.scales
+    options = None, None, "exclude", "text_to_image", reduction, False, "auto"
+    guess = _maxsim_int8.run(*sides, *options)[0]
+    exact = maxsim(text, image, reduction=reduction).text_to_image
+    counts = torch.tensor([6]) if reduction == "mean" else None
+    far = ROOM.bounds(norms, screened.limits, 40, counts).item()
+    assert 0.99 * far < (exact - guess).item() <= far
+
+
+def test_sums_that_pass_float32_on_their_way(monkeypatch):
+    """The exact score is Inf, though the true one is small: no int8 score tells."""
+    monkeypatch.setattr(ROOM, "LEFT", 1.0)
+    text = torch.full((1, 1, 8), 1e19)
+    image = 1e18 * features(40, 3, 8, seed=1).abs()
+    image[33] = torch.tensor([3e19] * 4 + [-3e19] * 4)
+    assert not maxsim(text, image).text_to_image[0, 33].isfinite()
+    assert_same(text, image, 1)
+    assert maxsim_topk_screened(text, screen_images(image), 1).indices.item() == 33
+
+
 @pytest.mark.parametrize("shape", [(0, 3, 5, 4, 8), (2, 0, 5, 4, 8), (2, 3, 5, 0, 8),
                                    (2, 3, 5, 4, 0)])  # fmt: skip
 def test_nothing_to_score(shape):

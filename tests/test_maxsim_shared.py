@@ -110,3 +110,19 @@ def test_threads_cut_the_texts_elsewhere(isa):
             assert all(map(same_bits, found, wanted))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_more_texts_than_are_packed_at_once(isa, dtype):
+    """Texts go by in groups of 32 MB of packed features; some are short, some masked."""
+    rows, bags, depth = 33, 70, 4096
+    rows *= 4 // torch.empty(0, dtype=dtype).element_size() or 1
+    text = features(1, bags, depth, dtype=dtype).repeat(rows, 1, 1)
+    text[:, 0, 0] = torch.arange(rows).to(dtype)  # no two are alike
+    keep = torch.arange(bags) < torch.tensor([70, 3, 25, 7])[torch.arange(rows) % 4, None]
+    image = features(2, 3, depth, seed=1, dtype=dtype)
+    whole = maxsim(text, image, text_mask=keep)
+    for i in (0, 1, rows // 2, rows - 3, rows - 2, rows - 1):
+        alone = maxsim(text[[i]], image, text_mask=keep[[i]])
+        assert same_bits(alone.text_to_image, whole.text_to_image[[i]])
+        assert same_bits(alone.image_to_text, whole.image_to_text[:, [i]])

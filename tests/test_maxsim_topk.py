@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import importlib
-import subprocess
-import sys
 
 import pytest
 import torch
 from support.makers import features, masks, same_bits
-from torch.utils._python_dispatch import TorchDispatchMode
+from support.memory import Largest, only_linux, printed_by
 
 from bagformer import maxsim, maxsim_topk, reference
 
@@ -87,20 +85,9 @@ def test_never_a_matrix_of_all_scores(monkeypatch):
     monkeypatch.setattr(ROOM, "ROWS", 100)
     monkeypatch.setattr(ROOM, "COLUMNS", 40)
     text, image = features(500, 1, 2), features(400, 1, 2, seed=1)
-    largest = 0
-
-    class Sizes(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            result = function(*args, **(kwargs or {}))
-            for value in result if isinstance(result, (tuple, list)) else (result,):
-                if isinstance(value, torch.Tensor):
-                    largest = max(largest, value.numel())
-            return result
-
-    with Sizes():
+    with Largest() as seen:
         ROOM._run(text, image, None, None, 5, "text_to_image", "exclude", "sum", "fp32", "auto")
-    assert 500 * 5 <= largest <= 100 * (40 + 5)
+    assert 500 * 5 <= seen.found <= 100 * (40 + 5)
 
 
 WRONG = [
@@ -116,34 +103,22 @@ WRONG = [
 
 
 PEAK = """
-import sys, torch, bagformer
-from pathlib import Path
-
-def high_water_mb():
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+import torch, bagformer
+from support.memory import forget_peak, high_water_mb
 
 torch.set_num_threads(1)
 text, image = torch.randn(500, 1, 4), torch.randn(1, 2, 4)
 bagformer.maxsim_topk(text, image.expand(2000, -1, -1), 10)
-try:
-    Path("/proc/self/clear_refs").write_text("5")
-except OSError:
-    sys.exit(77)
-before = high_water_mb()
+before = forget_peak()
 bagformer.maxsim_topk(text, image.expand(80000, -1, -1), 10)
 print(high_water_mb() - before)
 """
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@only_linux
 def test_memory_does_not_grow_with_the_collection():
     """All scores would take 153 MB; a chunk of them takes 2 MB, and the allocator what it likes."""
-    found = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
-    if found.returncode == 77:
-        pytest.skip("the peak of the resident set cannot be reset here")
-    assert found.returncode == 0, found.stderr
-    assert float(found.stdout) < 50
+    assert float(printed_by(PEAK)) < 50
 
 
 @pytest.mark.parametrize("wrong,error,message", WRONG)

@@ -3,12 +3,21 @@ lies, has the bits that it has in a batch, where the image is packed."""
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.makers import features, instruction_sets, mask, same_bits
 from torch import Tensor
 
-from bagformer import maxsim, maxsim_pairs, maxsim_topk, reference
+from bagformer import (
+    maxsim,
+    maxsim_pairs,
+    maxsim_quantized,
+    maxsim_topk,
+    quantize_features,
+    reference,
+)
 from bagformer.reference import MASK_MODES
 
 INF, NAN = float("inf"), float("nan")
@@ -199,3 +208,45 @@ def test_no_bags_or_no_patches(isa):
         assert (scores.text_argmax == -1).all() and (scores.image_argmax == -1).all()
     flat = maxsim(features(1, 4, 0), features(2, 5, 0))
     assert flat.text_to_image.tolist() == [[0.0, 0.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stored", list(reference.QUANTIZED_DTYPES))
+@pytest.mark.parametrize(
+    "bags,patches,depth", [(1, 1, 1), (16, 13, 33), (17, 14, 64), (35, 29, 130)]
+)
+def test_eight_bit_images(isa, dtype, stored, bags, patches, depth):
+    text = features(MANY, bags, depth, dtype=dtype)
+    image = features(3, patches, depth, seed=1)
+    image[1] = -text[0, 0].float()  # a spare row that lost its scale would win by its 0
+    image[2, 0, 0] = NAN
+    packed = quantize_features(image, dtype=stored)
+    text_mask, image_mask = mask(MANY, bags), mask(3, patches, seed=3)
+    text_mask[0, 0] = image_mask[0] = True
+    for argmax in (False, True):
+        call = {"image_mask": image_mask, "return_argmax": argmax}
+        batch = maxsim_quantized(text, packed, text_mask=text_mask, **call)
+        alone = maxsim_quantized(text[:1], packed, text_mask=text_mask[:1], **call)
+        for field, whole in batch._asdict().items():
+            if whole is not None:
+                first = whole[:1] if field.startswith("text") else whole[:, :1]
+                assert same_bits(getattr(alone, field), first), (field, argmax)
+    truth = reference.maxsim_quantized(
+        text[:1].double(), packed.values, packed.scales, text_mask=text_mask[:1], **call
+    )
+    for mine, true in zip(alone[:2], truth[:2], strict=True):
+        torch.testing.assert_close(mine.double(), true, rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+def test_eight_bit_images_are_read_where_they_lie(isa):
+    """Strided, expanded and cut from the middle of a larger tensor."""
+    text = features(1, 9, 24)
+    plain = quantize_features(features(2, 17, 24, seed=1))
+    wanted = maxsim_quantized(text, plain)
+    roomy = torch.full((2, 17, 25), 77, dtype=torch.int8)
+    roomy[..., 1:] = plain.values
+    for values in (roomy[..., 1:], plain.values.transpose(1, 2).contiguous().transpose(1, 2)):
+        found = maxsim_quantized(text, replace(plain, values=values))
+        assert all(map(same_bits, found, wanted))
+    scales = plain.scales.t().contiguous().t()
+    assert all(map(same_bits, maxsim_quantized(text, replace(plain, scales=scales)), wanted))

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from support.models import BERT, VIT, make_inputs, tiny_config, tiny_model
 
-from bagformer import BagFormerConfig, BagFormerForRetrieval, BagFormerModel, reference
+from bagformer import BagFormerConfig, BagFormerForRetrieval, BagFormerModel, maxsim, reference
 
 NEGATIVES = (torch.tensor([1, 2, 0]), torch.tensor([2, 0, 1]))
 
@@ -280,6 +280,25 @@ def test_batch_mates_change_nothing():
     for row in range(3):
         alone = model(**{name: value[row : row + 1] for name, value in inputs.items()})
         torch.testing.assert_close(alone.text_to_image[0, 0], together.text_to_image[row, row])
+
+
+@pytest.mark.parametrize("options", [{}, {"protocol": "original", "reduction": "mean"}])
+def test_its_scoring_gives_its_scores_from_its_features(options):
+    model = tiny_model(**options)
+    output = model(**make_inputs())
+    scores = maxsim(
+        output.text_features,
+        output.image_features,
+        text_mask=output.text_mask,
+        **model.config.scoring,
+    )
+    torch.testing.assert_close(scores.text_to_image, output.text_to_image, rtol=0, atol=0)
+    swapped = {"exclude": "zero", "zero": "exclude"}[model.config.mask_mode]
+    others = model.config.scoring | {"mask_mode": swapped}
+    wrong = maxsim(
+        output.text_features, output.image_features, text_mask=output.text_mask, **others
+    )
+    assert not torch.equal(wrong.image_to_text, output.image_to_text)
 
 
 def test_protocol_sets_its_defaults_and_can_be_changed():

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import source_sets, training, world
+from support import source_sets, training
 
 from bagformer.data.records import RecordError
 from bagformer.data.rows import Columns, RowPairs
@@ -27,11 +27,6 @@ def cache(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         source_sets.keep_cache_in(tmp_path_factory.mktemp("cache"), patch)
         yield
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return world.make_place(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

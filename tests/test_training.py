@@ -22,11 +22,6 @@ from bagformer.training.packing import pack, unpack
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return world.make_place(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
 def finished(place, tmp_path_factory):
     """A run over its whole length, and what its updates reported."""
     output, seen = tmp_path_factory.mktemp("runs") / "first", []

@@ -25,11 +25,6 @@ from bagformer.training.config_file import from_tree
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return world.make_place(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
 def processor(place):
     return BagFormerProcessor.from_pretrained(str(place.model))
 

@@ -9,14 +9,9 @@ import signal
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import training, world
+from support import training
 
 KILLS = 20
-
-
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    return world.make_place(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture(scope="module")

@@ -131,7 +131,7 @@ def request(texts, images, bags, *, patches=257, width=256, hidden=768, dtype=BF
         if training:
             settings = mode, reduction, *tail, True, True
             slopes = (score if score.numel() else None for score in out[:2])
-            _maxsim_ops._run_backward(*slopes, *sides, *out[2:], *settings)
+            _maxsim_ops._run_backward(*slopes, *sides, *out[2:4], *settings, out[4])
     if training:
         bag_pool._run_backward(pooled, None, offsets, None, bags + 3, 1e-12, "triton")
     if k:

@@ -199,8 +199,7 @@ def _explain(run: Run, number: int, image: int) -> Explanation:
         run.texts.names[number],
         run.images.patch_grid,
         text_mask=run.texts.mask[number],
-        mask_mode=run.model.config.mask_mode,
-        reduction=run.model.config.reduction,
+        **run.model.config.scoring,
     )
 
 

@@ -102,11 +102,7 @@ def _score(model: Any, texts: Any, images: Any, k: int, stages: Any) -> tuple[An
     from bagformer.ops.maxsim import maxsim
     from bagformer.ops.maxsim_topk import maxsim_topk
 
-    options = {
-        "text_mask": texts.mask,
-        "mask_mode": model.config.mask_mode,
-        "reduction": model.config.reduction,
-    }
+    options = {"text_mask": texts.mask, **model.config.scoring}
     with stages.time("score"):
         scores = maxsim(texts.features, images.features, **options)
     with stages.time("topk"):
@@ -127,8 +123,7 @@ def _unseen_recall(inputs: Any, model: Any, processor: Any, images: Any) -> dict
         texts.features,
         images.features,
         text_mask=texts.mask,
-        mask_mode=model.config.mask_mode,
-        reduction=model.config.reduction,
+        **model.config.scoring,
         directions="text_to_image",
     )
     ranks = first_relevant_ranks(scores.text_to_image, inputs.unseen.relevant() or [])

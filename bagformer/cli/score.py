@@ -80,8 +80,7 @@ def score(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
         encoded.features,
         images.features,
         text_mask=encoded.mask,
-        mask_mode=model.config.mask_mode,
-        reduction=model.config.reduction,
+        **model.config.scoring,
     )
     pictures = best_of(scores.text_to_image, args.top)
     sentences = best_of(scores.image_to_text, args.top)

@@ -105,8 +105,7 @@ def _scores(model: Any, texts: TextSide, chunk: ImageChunk, wanted: Sequence[str
         texts.features,
         chunk.features,
         text_mask=texts.mask,
-        mask_mode=model.config.mask_mode,
-        reduction=model.config.reduction,
+        **model.config.scoring,
         directions="both" if len(wanted) > 1 else wanted[0],
     )
     found = {direction: getattr(scores, direction) for direction in wanted}

@@ -177,6 +177,14 @@ class BagFormerConfig(PreTrainedConfig):
         if not isinstance(start, (int, float)) or not 0 < start < math.inf:
             raise ValueError(f"cls_temperature must be above 0, got {self.cls_temperature!r}")
 
+    @property
+    def scoring(self) -> dict[str, str]:
+        """How this model scores: keyword arguments of ``maxsim`` and its relatives.
+
+        ``maxsim_topk(text_features, image_features, 10, text_mask=mask, **model.config.scoring)``
+        """
+        return {"mask_mode": self.mask_mode, "reduction": self.reduction}
+
     def with_protocol(self, protocol: str) -> BagFormerConfig:
         """A copy under another protocol, with that protocol's matcher, masks and [SEP] rule.
 

@@ -249,8 +249,7 @@ class BagFormerModel(BagFormerPreTrainedModel):
                 fields["text_features"],
                 fields["image_features"],
                 text_mask=fields["text_mask"],
-                mask_mode=self.config.mask_mode,
-                reduction=self.config.reduction,
+                **self.config.scoring,
             )
             fields["text_to_image"] = scores.text_to_image
             fields["image_to_text"] = scores.image_to_text

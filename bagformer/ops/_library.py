@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,12 +20,23 @@ def define(
 ) -> None:
     """Define one operator: its schema, device implementation, fake implementation and FLOP count.
 
-    ``run`` serves every device; it asks ``choose_backend`` which code computes the answer.
+    ``run`` serves every device; it asks ``choose_backend`` which code computes the answer. It runs
+    without autocast: an operator computes in the dtypes of its arguments.
     """
     name = schema.split("(", 1)[0]
+
+    @functools.wraps(run)
+    def run_as_given(*arguments: Any) -> Any:
+        # autocast would reach the matrix products within and compute them in less than was asked
+        device = next(one.device.type for one in arguments if isinstance(one, Tensor))
+        if not torch.is_autocast_enabled(device):
+            return run(*arguments)
+        with torch.autocast(device, enabled=False):
+            return run(*arguments)
+
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     for key in DEVICE_KEYS:
-        LIBRARY.impl(name, run, key)
+        LIBRARY.impl(name, run_as_given, key)
     torch.library.register_fake(f"bagformer::{name}", fake, lib=LIBRARY)
     register_flop_formula(getattr(torch.ops.bagformer, name))(flops)
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from bagformer.ops import _native
 from bagformer.ops._maxsim_torch import Options, argmax_dtype
+from bagformer.reference import accumulation_dtype
 
 # Winners held at once where the backward computes them again.
 RECOMPUTE_BYTES = 1 << 24
@@ -55,13 +57,16 @@ def backward(
     grad_image: Tensor,
 ) -> None:
     """Add to ``grad_text`` and ``grad_image`` (skipped where empty), text by text in index order,
-    so that saved and recomputed winners give the same bits."""
+    so that saved and recomputed winners give the same bits.
+
+    They are wide, or of :func:`gradient_dtypes`; narrow ones are written, not added to.
+    """
     if text.numel() == 0 or image.numel() == 0:
         return
     # the kernel runs along features with stride 1
     text, image = _dense_rows(text), _dense_rows(image)
     candidates = image.dim() == 4
-    saved = winners[0].numel() + winners[1].numel() > 0
+    saved = _saved(winners)
     for rows in [slice(None)] if saved else _text_blocks(text, image):
         part = image[rows] if candidates else image
         part_mask = image_mask[rows] if candidates and image_mask is not None else image_mask
@@ -88,6 +93,19 @@ def backward(
             options.reduction == "mean",
             _native.threads(),
         )
+
+
+def gradient_dtypes(
+    text: Tensor, image: Tensor, winners: tuple[Tensor, Tensor]
+) -> tuple[torch.dtype, torch.dtype]:
+    """What the gradients can be written in, sums staying in one image's or text's scratch: the
+    features' dtype, unless an image's sums grow from one block of texts to the next."""
+    whole = image.dim() == 4 or _saved(winners)
+    return text.dtype, image.dtype if whole else accumulation_dtype(image.dtype)
+
+
+def _saved(winners: tuple[Tensor, Tensor]) -> bool:
+    return winners[0].numel() + winners[1].numel() > 0
 
 
 def _dense_rows(features: Tensor) -> Tensor:

@@ -21,7 +21,9 @@ _ARGUMENTS = (
 _BACKWARD_ARGUMENTS = (
     "Tensor? grad_text_to_image, Tensor? grad_image_to_text, Tensor text, Tensor image, "
     "Tensor? text_mask, Tensor? image_mask, Tensor text_argmax, Tensor image_argmax, "
-    "str mask_mode, str reduction, str precision, str backend, bool wants_text, bool wants_image"
+    "str mask_mode, str reduction, str precision, str backend, bool wants_text, bool wants_image, "
+    # last and optional: graphs that PyTorch cached on disk may call without
+    "Tensor? plan=None"
 )
 
 
@@ -63,7 +65,8 @@ def run(
     argmax: bool,
     precision: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Scores, narrow winners, and what the Triton kernels' backward wants of the masks."""
     chosen = _chosen(text, image, backend)
     options = Options(mask_mode, directions, reduction, precision)
     if chosen == "triton":
@@ -75,7 +78,11 @@ def run(
         _maxsim_torch.forward(text, image, text_mask, image_mask, options, outputs)
     else:
         _run_reference(text, image, text_mask, image_mask, options, outputs)
-    return outputs
+    return *outputs, _no_plan(text)
+
+
+def _no_plan(text: Tensor) -> Tensor:
+    return text.new_empty([0], dtype=torch.int32)
 
 
 def _run_reference(
@@ -120,8 +127,11 @@ def _fake(
     argmax: bool,
     precision: str,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    return _outputs(text, image, Options(mask_mode, directions, reduction, precision), argmax)
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    outputs = _outputs(text, image, Options(mask_mode, directions, reduction, precision), argmax)
+    if _chosen(text, image, backend) == "triton":
+        return *outputs, _maxsim_triton.new_plan(text, image, text_mask, image_mask, argmax)
+    return *outputs, _no_plan(text)
 
 
 def _run_backward(
@@ -139,17 +149,21 @@ def _run_backward(
     backend: str,
     wants_text: bool,
     wants_image: bool,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     grads = grad_text_to_image, grad_image_to_text
     sides = text, image, text_mask, image_mask
     winners = text_argmax, image_argmax
-    if _chosen(text, image, backend) == "triton":
+    chosen = _chosen(text, image, backend)
+    if chosen == "triton":
         options = Options(mask_mode, _directions(*grads) or "both", reduction, precision)
         wants = wants_text, wants_image
-        return _maxsim_triton.backward(grads, *sides, winners, options, wants, wide=False)
-    wide = reference.accumulation_dtype(text.dtype)
-    grad_text = text.new_zeros(text.shape if wants_text else [0] * 3, dtype=wide)
-    grad_image = image.new_zeros(image.shape if wants_image else [0] * image.dim(), dtype=wide)
+        return _maxsim_triton.backward(grads, *sides, winners, options, wants, False, plan)
+    dtypes = (reference.accumulation_dtype(text.dtype),) * 2
+    if chosen == "cpu":
+        dtypes = _maxsim_cpu.gradient_dtypes(text, image, winners)
+    grad_text = text.new_zeros(text.shape if wants_text else [0] * 3, dtype=dtypes[0])
+    grad_image = image.new_zeros(image.shape if wants_image else [0] * image.dim(), dtype=dtypes[1])
     settings = mask_mode, reduction, precision
     accumulate_backward(grads, sides, winners, settings, backend, (grad_text, grad_image))
     return grad_text.to(text.dtype), grad_image.to(image.dtype)
@@ -202,6 +216,7 @@ def _fake_backward(
     backend: str,
     wants_text: bool,
     wants_image: bool,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     return (
         text.new_empty(text.shape if wants_text else [0] * 3),
@@ -212,8 +227,8 @@ def _fake_backward(
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
     text, image, text_mask, image_mask, mask_mode, directions, reduction, _, *rest = inputs
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[2], output[3])
-    ctx.save_for_backward(text, image, text_mask, image_mask, output[2], output[3])
+    ctx.mark_non_differentiable(*output[2:])
+    ctx.save_for_backward(text, image, text_mask, image_mask, *output[2:])
     ctx.directions = directions
     ctx.options = (mask_mode, reduction, *rest)
 
@@ -225,7 +240,8 @@ def _backward_of(name: str) -> Any:
         grad_t2i = None if ctx.directions == "image_to_text" else grad_t2i
         grad_i2t = None if ctx.directions == "text_to_image" else grad_i2t
         op = getattr(torch.ops.bagformer, name + "_backward")
-        grads = op(grad_t2i, grad_i2t, *ctx.saved_tensors, *ctx.options, *wants)
+        *saved, plan = ctx.saved_tensors
+        grads = op(grad_t2i, grad_i2t, *saved, *ctx.options, *wants, plan)
         kept = [grad if wanted else None for grad, wanted in zip(grads, wants, strict=True)]
         return (*kept, *[None] * 8)
 
@@ -250,7 +266,13 @@ def _backward_flops(
     image_mask: Any,
     text_argmax: Any,
     image_argmax: Any,
-    *options: Any,
+    mask_mode: str,
+    reduction: str,
+    precision: str,
+    backend: str,
+    wants_text: bool,
+    wants_image: bool,
+    *plan: Any,
     **_: Any,
 ) -> int:
     """A scaled row for each maximum and each side that wants a gradient, and the forward's
@@ -258,13 +280,13 @@ def _backward_flops(
     maxima = (0 if grad_t2i is None else text_shape[1]) + (
         0 if grad_i2t is None else image_shape[-2]
     )
-    wanted = int(options[-2]) + int(options[-1])
+    wanted = int(wants_text) + int(wants_image)
     again = 0 if text_argmax[0] or image_argmax[0] else _flops(text_shape, image_shape)
     return again + 2 * wanted * maxima * _pairs(text_shape, image_shape) * text_shape[2]
 
 
 for _name in ("maxsim", "maxsim_candidates"):
-    define(f"{_name}({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor)", run, _fake, _flops)
+    define(f"{_name}({_ARGUMENTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)", run, _fake, _flops)
     define(
         f"{_name}_backward({_BACKWARD_ARGUMENTS}) -> (Tensor, Tensor)",
         _run_backward,

@@ -16,15 +16,17 @@ def forward(
     image_mask: Tensor | None,
     options: Options,
     argmax: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Scores and narrow winners, each empty with its rank where it is not wanted."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Scores and narrow winners, each empty with its rank where it is not wanted, and the plan."""
     from bagformer.kernels.scoring import maxsim_forward
+
+    plan = new_plan(text, image, text_mask, image_mask, argmax)
 
     if text.shape[-1] == 0:
         # similarities of no features are 0, as those of a zero, and somebody still wins
         text, image = (side.new_zeros(*side.shape[:-1], 1) for side in (text, image))
     with on_device(text):
-        return maxsim_forward(
+        found = maxsim_forward(
             near("text", text),
             near("image", image),
             text_mask,
@@ -35,7 +37,22 @@ def forward(
             options.reduction == "mean",
             argmax,
             precision_of(text.dtype, options.precision),
+            plan if plan.numel() else None,
         )
+    return *found, plan
+
+
+def new_plan(
+    text: Tensor, image: Tensor, text_mask: Tensor | None, image_mask: Tensor | None, argmax: bool
+) -> Tensor:
+    """Unwritten int32 for what the forward leaves of the masks; empty where it leaves nothing."""
+    masked = text_mask is not None, image_mask is not None
+    size = 0
+    if argmax and any(masked):
+        from bagformer.kernels import plan
+
+        size = plan.size(text, image, masked)
+    return text.new_empty([size], dtype=torch.int32)
 
 
 def backward(
@@ -48,13 +65,24 @@ def backward(
     options: Options,
     wants: tuple[bool, bool],
     wide: bool,
+    plan: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients in the features' dtype or, ``wide``, in float32; empty where not wanted.
 
-    Winners that are empty are computed again, a few texts at a time.
+    Winners that are empty are computed again, a few texts at a time, and so is an empty plan.
+
+    Raises:
+        ValueError: a plan that is not of these features' forward.
     """
     from bagformer.kernels.gradients import maxsim_backward
 
+    if plan is not None and plan.numel():
+        expected = new_plan(text, image, text_mask, image_mask, True)
+        if plan.shape != expected.shape or plan.dtype != expected.dtype:
+            raise ValueError(
+                f"plan must be the one that the forward gave, {expected.numel()} elements in "
+                f"int32, got {plan.numel()} in {plan.dtype}"
+            )
     with on_device(text):
         return maxsim_backward(
             *grads,
@@ -68,6 +96,7 @@ def backward(
             *wants,
             precision_of(text.dtype, options.precision),
             wide,
+            plan,
         )
 
 

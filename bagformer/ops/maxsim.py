@@ -151,7 +151,7 @@ def maxsim(
         wants_grad(text, image)
         and saves_argmax(n_pairs, text.shape[1], image.shape[-2], directions)
     )
-    t2i, i2t, text_argmax, image_argmax = op(
+    t2i, i2t, text_argmax, image_argmax, _ = op(
         text,
         image,
         text_mask,

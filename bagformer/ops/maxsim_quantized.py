@@ -70,7 +70,7 @@ def maxsim_quantized(
 
     Raises:
         TypeError, ValueError: as :func:`maxsim`.
-        RuntimeError: ``text`` requires a gradient while gradients are recorded.
+        RuntimeError: ``text`` or a scale requires a gradient while gradients are recorded.
 
     Example:
         >>> from bagformer import quantize_features
@@ -88,17 +88,16 @@ def maxsim_quantized(
         _check_int8(text, image)
         stored = text.values, image.values, text.scales, image.scales
         _check_masks(text.values, image, text_mask, image_mask)
+        _check_no_grad("text.scales", text.scales)
+        _check_no_grad("image.scales", image.scales)
         found = torch.ops.bagformer.maxsim_int8(*stored, text_mask, image_mask, *settings)
     else:
         text, text_mask = pad_nested("text", text, "text_mask", text_mask)
         check_features("text", text, ("[Nt, N, D]",))
         _check_image(text, image)
         _check_masks(text, image, text_mask, image_mask)
-        if wants_grad(text):
-            raise RuntimeError(
-                "maxsim_quantized gives no gradient, but text requires one: call it under "
-                "torch.no_grad(), or train with maxsim"
-            )
+        _check_no_grad("text", text)
+        _check_no_grad("image.scales", image.scales)
         masks = text_mask, image_mask
         found = torch.ops.bagformer.maxsim_quantized(
             text, image.values, image.scales, *masks, *settings
@@ -111,6 +110,14 @@ def maxsim_quantized(
         widen_argmax(text_argmax) if return_argmax and wants_text else None,
         widen_argmax(image_argmax) if return_argmax and wants_image else None,
     )
+
+
+def _check_no_grad(name: str, value: Tensor) -> None:
+    if wants_grad(value):
+        raise RuntimeError(
+            f"maxsim_quantized gives no gradient, but {name} requires one: call it under "
+            "torch.no_grad(), or train with maxsim"
+        )
 
 
 def _check_image(text: Tensor, image: Any) -> None:

@@ -159,11 +159,11 @@ def _run_pools(request: _Request, hidden: int) -> None:
 
 def _run_scores(request: _Request, texts: int, *images: int) -> None:
     sides, options = request.sides(texts, *images), request.options
-    t2i, i2t, *winners = _maxsim_triton.forward(*sides, options, request.training)
+    t2i, i2t, *winners, plan = _maxsim_triton.forward(*sides, options, request.training)
     if request.training:
         slopes = t2i if options.wants_text else None, i2t if options.wants_image else None
         chosen, wants = (winners[0], winners[1]), (True, True)
-        _maxsim_triton.backward(slopes, *sides, chosen, options, wants, wide=False)
+        _maxsim_triton.backward(slopes, *sides, chosen, options, wants, False, plan)
 
 
 def _run_quantized(request: _Request, stored: torch.dtype, texts: int, *images: int) -> None:

@@ -257,8 +257,7 @@ def _contrast(model: Any, text: Any, image: Any) -> Tensor:
         text.text_features,
         image.image_features,
         text_mask=text.text_mask,
-        mask_mode=model.config.mask_mode,
-        reduction=model.config.reduction,
+        **model.config.scoring,
     )
     own = torch.arange(len(scores.text_to_image), device=scores.text_to_image.device)
     both = (scores.image_to_text, scores.text_to_image)

@@ -143,8 +143,7 @@ class TrainStep(nn.Module):
                 text,
                 image,
                 text_mask=text_mask,
-                mask_mode=model.config.mask_mode,
-                reduction=model.config.reduction,
+                **model.config.scoring,
             )
             losses["twc"] = model.twc_loss.from_scores(
                 scores.text_to_image, scores.image_to_text, positives

@@ -156,6 +156,7 @@ void bind_maxsim_forward(py::module_& module) {
         need("image_to_text", call.i2t, scores, pairs.turned, true);
         need_integer("text_argmax", call.text_argmax, pairs.text_winners);
         need_integer("image_argmax", call.image_argmax, pairs.image_winners);
+        call.isa = active_isa();
         py::gil_scoped_release unlocked;
         maxsim_forward(call);
     });
@@ -193,11 +194,15 @@ void bind_maxsim_backward(py::module_& module) {
             const auto dims = [](const View& view) {
                 return std::vector<int64_t>(view.shape.begin(), view.shape.begin() + view.rank);
             };
-            need("grad_text", call.grad_text, scores, dims(call.text), true);
-            need("grad_image", call.grad_image, scores, dims(call.image), true);
+            const auto sums = [&](const View& grad) {
+                return grad.dtype == call.text.dtype ? grad.dtype : scores;
+            };
+            need("grad_text", call.grad_text, sums(call.grad_text), dims(call.text), true);
+            need("grad_image", call.grad_image, sums(call.grad_image), dims(call.image), true);
             for (const View* view : {&call.text, &call.image})
                 if (view->shape[view->rank - 1] > 1 && view->strides[view->rank - 1] != 1)
                     refuse("features must have stride 1 along D");
+            call.isa = active_isa();
             py::gil_scoped_release unlocked;
             maxsim_backward(call);
         });
@@ -212,7 +217,8 @@ void bind_pool(py::module_& module) {
                      parse("pooled", pooled),
                      normalize,
                      eps,
-                     n_threads};
+                     n_threads,
+                     active_isa()};
         need_float("hidden", call.hidden, 3);
         const int64_t batch = call.hidden.shape[0], bags = call.offsets.shape[1] - 1;
         need("offsets", call.offsets, call.offsets.dtype == DType::i64 ? DType::i64 : DType::i32,
@@ -231,7 +237,8 @@ void bind_pool(py::module_& module) {
                              parse("mask", mask),
                              parse("grad_hidden", grad_hidden),
                              eps,
-                             n_threads};
+                             n_threads,
+                             active_isa()};
         need_float("grad", call.grad, 3);
         const int64_t batch = call.grad.shape[0], bags = call.grad.shape[1];
         const int64_t depth = call.grad.shape[2], tokens = call.grad_hidden.shape[1];
@@ -250,8 +257,9 @@ void bind_l2_normalize(py::module_& module) {
         const View input = parse("rows", rows), output = parse("out", out);
         need_float("rows", input, 2);
         need("out", output, input.dtype, {input.shape[0], input.shape[1]}, true);
+        const Isa isa = active_isa();
         py::gil_scoped_release unlocked;
-        l2_normalize(input, eps, output, n_threads);
+        l2_normalize(input, eps, output, n_threads, isa);
     });
     module.def("l2_normalize_backward",
                [](py::object grad, py::object rows, double eps, py::object out, int n_threads) {
@@ -260,8 +268,9 @@ void bind_l2_normalize(py::module_& module) {
                    need_float("rows", input, 2);
                    need("grad", upstream, input.dtype, {input.shape[0], input.shape[1]});
                    need("out", output, input.dtype, {input.shape[0], input.shape[1]}, true);
+                   const Isa isa = active_isa();
                    py::gil_scoped_release unlocked;
-                   l2_normalize_backward(upstream, input, eps, output, n_threads);
+                   l2_normalize_backward(upstream, input, eps, output, n_threads, isa);
                });
 }
 

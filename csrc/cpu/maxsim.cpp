@@ -24,15 +24,11 @@ constexpr int64_t kGroupBytes = int64_t{32} << 20;
 constexpr int64_t kBlockBytes = int64_t{384} << 10;
 constexpr int64_t kItemsPerThread = 4;
 
-const uint8_t* mask_row(const View& mask, int64_t i, int64_t j = 0) {
-    return mask ? mask.at<const uint8_t>(i, mask.rank == 3 ? j : 0) : nullptr;
-}
-
 // What one thread needs for one image and one block of texts.
-template <class In, class E, class T>
+template <class ImageIn, class E, class T>
 struct Workspace {
     Places image;
-    TurnedImage<In, E, T> turned;
+    TurnedImage<ImageIn, E, T> turned;
     std::vector<E> panels;
     std::vector<T> scales;  // of the packed patches, up to whole panels; empty: none
     std::vector<T> row_best, lane_best, bag_best;
@@ -42,13 +38,12 @@ struct Workspace {
 };
 
 // In: the texts' type, E: what is packed, T: the scores' type, ImageIn: the images' type.
-template <class In, class E, class T, class ImageIn = In>
+template <class In, class E, class T, class ImageIn>
 class Forward {
   public:
-    Forward(const MaxSimForward& call, const MaxSimKernels<T, E>& kernels, PackPanel quick)
+    Forward(const MaxSimForward& call, const MaxSimKernels<T, E>& kernels)
         : call_(call),
           kernels_(kernels),
-          quick_(quick),
           texts_(call.text.shape[0]),
           bags_(call.text.shape[1]),
           features_(call.text.shape[2]),
@@ -57,8 +52,7 @@ class Forward {
           images_(call.image.shape[call.image.rank - 3]),
           patches_(call.image.shape[call.image.rank - 2]),
           argmax_(call.text_argmax || call.image_argmax),
-          turned_(std::is_same_v<In, ImageIn> &&
-                  takes_turned(candidates_ ? 1 : texts_, bags_, features_, kernels.lanes / 2)),
+          turned_(takes_turned(candidates_ ? 1 : texts_, bags_, features_, kernels.lanes / 2)),
           room_((turned_ ? round_up(bags_, kernels.lanes) : bags_) * depth_),
           outcome_(call) {}
 
@@ -96,8 +90,8 @@ class Forward {
             Places& places = into.places[slot];
             places.find(mask_row(call_.text_mask, first + slot), call_.text_mask.strides[1], bags_);
             if (turned_)
-                pack_image(text_rows(first + slot), places, kernels_.lanes, quick_,
-                           into.packed.data() + slot * room_);
+                pack_image(text_rows(first + slot), places, kernels_.lanes,
+                           quick_pack<In>(kernels_), into.packed.data() + slot * room_);
         });
         if (turned_) return;
         into.bundle(count, kernels_.max_rows);
@@ -133,7 +127,7 @@ class Forward {
     void run_candidates() {
         const int64_t cuts = parts(texts_, images_);
         parallel_for(texts_ * cuts, call_.n_threads, [&](int64_t item, int worker) {
-            Workspace<In, E, T>& work = workers_[worker];
+            Workspace<ImageIn, E, T>& work = workers_[worker];
             const int64_t text = item / cuts, cut = item % cuts;
             work.own.resize(1, room_);
             pack_texts(work.own, text, 1, 1);
@@ -156,40 +150,47 @@ class Forward {
                 view.strides[view.rank - 1], features_};
     }
 
+    // What the products of token 0 of an image are multiplied by; null: nothing.
+    const float* first_scale(int64_t i, int64_t j) const {
+        return call_.image_scales ? call_.image_scales.at<const float>(i, j) : nullptr;
+    }
+
+    int64_t scale_stride() const { return call_.image_scales.strides[call_.image.rank - 2]; }
+
     // Scores texts [begin, end) with image `image` (candidate form: of the one text), which is read
     // where it lies.
     void score_turned(const Texts<E>& texts, int64_t begin, int64_t end, int64_t image,
-                      Workspace<In, E, T>& work) {
-        if constexpr (std::is_same_v<In, ImageIn>) {
-            const int64_t i = candidates_ ? texts.first : image, j = candidates_ ? image : 0;
-            find_patches(i, j, work.image);
-            const int64_t step = candidates_ ? 1 : std::max(1, call_.n_threads);
-            const In* next = image + step >= images_ ? nullptr
-                             : candidates_           ? image_rows(i, j + step).features
-                                                     : image_rows(i + step, j).features;
-            if (work.image.count() > 0)
-                work.turned.set(image_rows(i, j), work.image, next, kernels_);
-            work.bag_best.resize(round_up(bags_, kernels_.lanes));
-            if (argmax_) work.bag_patch.resize(work.bag_best.size());
-            for (int64_t slot = begin; slot < end; ++slot) {
-                const Places& bags = texts.places[slot];
-                const bool any = bags.count() > 0 && work.image.count() > 0;
-                Maxima<T> found{work.bag_best.data(), argmax_ ? work.bag_patch.data() : nullptr,
-                                work.turned.patch_best(), nullptr, false};
-                if (any)
-                    found.has_nan =
-                        work.turned.score(texts.packed.data() + slot * room_, bags.count(),
-                                          found.bag_best, found.bag_patch);
-                if (argmax_) found.patch_bag = work.turned.patch_bag();
-                outcome_.write(texts.first + slot, image, bags, work.image, any ? &found : nullptr);
-            }
+                      Workspace<ImageIn, E, T>& work) {
+        const int64_t i = candidates_ ? texts.first : image, j = candidates_ ? image : 0;
+        find_patches(i, j, work.image);
+        const int64_t step = candidates_ ? 1 : std::max(1, call_.n_threads);
+        const ImageIn* next = image + step >= images_ ? nullptr
+                              : candidates_           ? image_rows(i, j + step).features
+                                                      : image_rows(i + step, j).features;
+        if (work.image.count() > 0) {
+            work.turned.set(image_rows(i, j), work.image, next, kernels_);
+            if (const float* scales = first_scale(i, j))
+                work.turned.set_scales(scales, scale_stride(), work.image);
+        }
+        work.bag_best.resize(round_up(bags_, kernels_.lanes));
+        if (argmax_) work.bag_patch.resize(work.bag_best.size());
+        for (int64_t slot = begin; slot < end; ++slot) {
+            const Places& bags = texts.places[slot];
+            const bool any = bags.count() > 0 && work.image.count() > 0;
+            Maxima<T> found{work.bag_best.data(), argmax_ ? work.bag_patch.data() : nullptr,
+                            work.turned.patch_best(), nullptr, false};
+            if (any)
+                found.has_nan = work.turned.score(texts.packed.data() + slot * room_, bags.count(),
+                                                  found.bag_best, found.bag_patch);
+            if (argmax_) found.patch_bag = work.turned.patch_bag();
+            outcome_.write(texts.first + slot, image, bags, work.image, any ? &found : nullptr);
         }
     }
 
     // Packs image `image` (candidate form: of the one text) and scores bundles [begin, end) with
     // it.
     void score_image(const Texts<E>& texts, int64_t begin, int64_t end, int64_t image,
-                     Workspace<In, E, T>& work) {
+                     Workspace<ImageIn, E, T>& work) {
         pack_panels(texts.first, image, work);
         work.bag_best.resize(bags_);
         if (argmax_) work.bag_patch.resize(bags_);
@@ -219,7 +220,7 @@ class Forward {
     }
 
     void score_block(const Texts<E>& texts, int64_t begin, int64_t end, int64_t image,
-                     Workspace<In, E, T>& work) {
+                     Workspace<ImageIn, E, T>& work) {
         const int64_t lanes = kernels_.lanes, padded = panels(work) * lanes;
         int64_t n_rows = 0, n_texts = 0;
         each_bundle(texts, begin, end, [&](const Bundle& bundle, int64_t row, int64_t text) {
@@ -246,26 +247,25 @@ class Forward {
         });
     }
 
-    int64_t panels(const Workspace<In, E, T>& work) const {
+    int64_t panels(const Workspace<ImageIn, E, T>& work) const {
         return (work.image.count() + kernels_.lanes - 1) / kernels_.lanes;
     }
 
-    void pack_panels(int64_t text, int64_t image, Workspace<In, E, T>& work) {
+    void pack_panels(int64_t text, int64_t image, Workspace<ImageIn, E, T>& work) {
         const int64_t i = candidates_ ? text : image, j = candidates_ ? image : 0;
         find_patches(i, j, work.image);
         work.panels.resize(panels(work) * kernels_.lanes * depth_);
-        const View& scales = call_.image_scales;
-        if (scales) {
+        if (const float* first = first_scale(i, j)) {
             work.scales.assign(panels(work) * kernels_.lanes, T(0));
-            const float* first = scales.at<const float>(i, candidates_ ? j : 0);
             for (int32_t k = 0; k < work.image.count(); ++k)
-                work.scales[k] = first[work.image.index[k] * scales.strides[scales.rank - 1]];
+                work.scales[k] = first[work.image.index[k] * scale_stride()];
         }
-        pack_image(image_rows(i, j), work.image, kernels_.lanes, quick_, work.panels.data());
+        pack_image(image_rows(i, j), work.image, kernels_.lanes, quick_pack<ImageIn>(kernels_),
+                   work.panels.data());
     }
 
     void score_panel(const Texts<E>& texts, const Bundle& bundle, int64_t row, int64_t text,
-                     int64_t panel, int64_t padded, Workspace<In, E, T>& work) {
+                     int64_t panel, int64_t padded, Workspace<ImageIn, E, T>& work) {
         const int64_t lanes = kernels_.lanes, at = text * padded + panel * lanes;
         PanelJob<T, E> job;
         job.panel = work.panels.data() + panel * lanes * depth_;
@@ -290,7 +290,7 @@ class Forward {
     // Both scores of text `slot` of the group, whose maxima are those of rows from `row` on and of
     // text `text` of the block.
     void finish(const Texts<E>& texts, int64_t slot, int64_t row, int64_t text, int64_t image,
-                int64_t padded, Workspace<In, E, T>& work) {
+                int64_t padded, Workspace<ImageIn, E, T>& work) {
         const Places& bags = texts.places[slot];
         const int64_t i = texts.first + slot;
         if (bags.count() == 0 || work.image.count() == 0)
@@ -311,7 +311,6 @@ class Forward {
 
     const MaxSimForward& call_;
     const MaxSimKernels<T, E>& kernels_;
-    PackPanel quick_;
     int64_t texts_, bags_, features_, depth_;
     bool candidates_;
     int64_t images_, patches_;
@@ -319,59 +318,32 @@ class Forward {
     bool turned_;   // texts are packed for the turned kernel
     int64_t room_;  // of one packed text
     Outcome<T> outcome_;
-    std::vector<Workspace<In, E, T>> workers_;
+    std::vector<Workspace<ImageIn, E, T>> workers_;
 };
 
-// Images of eight-bit numbers. Their products with the text run as those of the text's own type do;
-// both are exact in it, and the scale comes afterwards.
-template <class ImageIn>
-void forward_quantized(const MaxSimForward& call, const CpuKernels& kernels,
-                       PackPanel MaxSimKernels<float>::* quick,
-                       PackPanel MaxSimKernels<float, BFloat16Pair>::* quick_pairs) {
-    const MaxSimKernels<float>& f32 = kernels.f32;
-    switch (call.text.dtype) {
-        case DType::f64:
-            return Forward<double, double, double, ImageIn>(call, scalar_f64_kernels(), nullptr)
-                .run();
-        case DType::f16:
-            return Forward<Half, float, float, ImageIn>(call, f32, f32.*quick).run();
-        case DType::bf16:
-            if (kernels.pairs != nullptr)
-                return Forward<BFloat16, BFloat16Pair, float, ImageIn>(call, *kernels.pairs,
-                                                                       kernels.pairs->*quick_pairs)
-                    .run();
-            return Forward<BFloat16, float, float, ImageIn>(call, f32, f32.*quick).run();
-        default:
-            return Forward<float, float, float, ImageIn>(call, f32, f32.*quick).run();
-    }
+// Images of ImageIn with texts of TextIn. Products with eight-bit numbers run as those of the
+// text's own type do; both are exact in it, and the scale comes afterwards.
+template <class TextIn, class ImageIn>
+void forward(const MaxSimForward& call, const CpuKernels& kernels) {
+    if constexpr (std::is_same_v<TextIn, double>)
+        return Forward<double, double, double, ImageIn>(call, scalar_f64_kernels()).run();
+    if constexpr (std::is_same_v<TextIn, BFloat16>)
+        if (kernels.pairs != nullptr)
+            return Forward<BFloat16, BFloat16Pair, float, ImageIn>(call, *kernels.pairs).run();
+    if constexpr (!std::is_same_v<TextIn, double>)
+        Forward<TextIn, float, float, ImageIn>(call, kernels.f32).run();
 }
 
 }  // namespace
 
 void maxsim_forward(const MaxSimForward& call) {
     if (call.text.dtype == DType::i8) return maxsim_int8_forward(call);
-    using Singles = MaxSimKernels<float>;
-    using Pairs = MaxSimKernels<float, BFloat16Pair>;
-    const CpuKernels& kernels = kernels_of(active_isa());
-    const MaxSimKernels<float>& f32 = kernels.f32;
-    if (call.image.dtype == DType::i8)
-        return forward_quantized<int8_t>(call, kernels, &Singles::pack_i8, &Pairs::pack_i8);
-    if (call.image.dtype == DType::f8)
-        return forward_quantized<Float8>(call, kernels, &Singles::pack_f8, &Pairs::pack_f8);
-    switch (call.text.dtype) {
-        case DType::f64:
-            return Forward<double, double, double>(call, scalar_f64_kernels(), nullptr).run();
-        case DType::f16:
-            return Forward<Half, float, float>(call, f32, f32.pack_f16).run();
-        case DType::bf16:
-            if (kernels.pairs != nullptr)
-                return Forward<BFloat16, BFloat16Pair, float>(call, *kernels.pairs,
-                                                              kernels.pairs->pack_bf16)
-                    .run();
-            return Forward<BFloat16, float, float>(call, f32, f32.pack_bf16).run();
-        default:
-            return Forward<float, float, float>(call, f32, f32.pack_f32).run();
-    }
+    const CpuKernels& kernels = kernels_of(call.isa);
+    with_float_type(call.text.dtype, [&]<class In>(const In*) {
+        if (call.image.dtype == DType::i8) return forward<In, int8_t>(call, kernels);
+        if (call.image.dtype == DType::f8) return forward<In, Float8>(call, kernels);
+        forward<In, In>(call, kernels);
+    });
 }
 
 }  // namespace bagformer

@@ -21,14 +21,8 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/numbers.h"
+#include "cpu/target.h"
 #include "cpu/view.h"
-
-// The sums of a tile stay in registers only if what fills and what folds them become one function.
-#if defined(__GNUC__)
-#define BAGFORMER_INLINE inline __attribute__((always_inline))
-#else
-#define BAGFORMER_INLINE inline
-#endif
 
 namespace bagformer {
 
@@ -81,6 +75,7 @@ struct TurnedJob {
     int64_t depth;      // D, in elements of E
     int32_t n_lanes;    // bags
     E* wide;            // [max_rows][depth] scratch; null where rows hold E already
+    const T* scales;    // [n_rows, up to whole tiles] as in PanelJob, of each patch; null: 1
     T* lane_best;       // [panels * lanes] maximum of each bag; written
     T* row_best;        // [n_rows, up to whole tiles] maximum of each patch; written
     int32_t* lane_row;  // [panels * lanes] its patch; null: no argmax
@@ -99,12 +94,14 @@ struct MaxSimKernels {
     // makes both scores NaN); with argmax they are exact, the first NaN winning.
     bool (*panel)(const PanelJob<T, E>& job);
     void (*rows)(const RowsJob<T>& job, bool has_nan);
-    // As `panel`: of a whole pair, from rows of E and, where there is any, of bfloat16 and float16;
-    // and of several texts.
+    // As `panel`: of a whole pair, from rows of E and, where there is any, of narrower types; and
+    // of several texts.
     bool (*turned)(const TurnedJob<T, E>& job);
     void (*shared)(const SharedJob<T, E>& job);
     bool (*turned_bf16)(const TurnedJob<T, E>& job) = nullptr;
     bool (*turned_f16)(const TurnedJob<T, E>& job) = nullptr;
+    bool (*turned_i8)(const TurnedJob<T, E>& job) = nullptr;
+    bool (*turned_f8)(const TurnedJob<T, E>& job) = nullptr;
     // Quick packing from float32, bfloat16, float16, int8 and float8, where there is any.
     PackPanel pack_f32 = nullptr, pack_bf16 = nullptr, pack_f16 = nullptr;
     PackPanel pack_i8 = nullptr, pack_f8 = nullptr;
@@ -127,19 +124,22 @@ struct MaxSimForward {
     View text_argmax, image_argmax;
     bool zero_mode, mean;
     int n_threads;
+    Isa isa;  // asked for under the GIL: os.environ moves what getenv reads
 };
 
-// Upstream gradients may be absent, then so is their argmax. Adds to grad_text and grad_image, each
-// of which may be absent. Every row of a gradient has one owner, which adds to it in the order of
-// the other side's index: no atomics, the same bits on every run.
+// Upstream gradients may be absent, then so is their argmax. grad_text and grad_image may each be
+// absent; it is added to where it is as wide as the sums, and written whole, each sum rounded once,
+// where it is bfloat16 or float16. Every row of a gradient has one owner, which adds to it in the
+// order of the other side's index: no atomics, the same bits on every run.
 struct MaxSimBackward {
     View grad_t2i, grad_i2t;
     View text, image;  // stride 1 along D
     View text_mask, image_mask;
     View text_argmax, image_argmax;
-    View grad_text, grad_image;  // contiguous, float32 or float64
+    View grad_text, grad_image;  // contiguous; float32 (of float64 features float64), or as those
     bool mean;
     int n_threads;
+    Isa isa;
 };
 
 void maxsim_forward(const MaxSimForward& call);
@@ -147,10 +147,13 @@ void maxsim_backward(const MaxSimBackward& call);
 
 // total[d] += scale * row[d]; `row` holds `dtype`.
 using AddScaled = void (*)(void* total, const void* row, double scale, int64_t depth);
+// row[d] = total[d], rounded; `row` holds `dtype`.
+using Round = void (*)(const float* total, void* row, int64_t depth);
 
 struct CpuKernels {
     MaxSimKernels<float> f32;
     AddScaled add_f32, add_bf16, add_f16;
+    Round round_bf16, round_f16;
     // bfloat16 features multiplied as they are; null where the processor cannot.
     const MaxSimKernels<float, BFloat16Pair>* pairs = nullptr;
 };

@@ -27,8 +27,7 @@ namespace {
 }  // namespace
 
 const CpuKernels& avx2_kernels() {
-    static const CpuKernels kernels{f32_kernels_over<F32x8>(), add_scaled<float, float>,
-                                    add_scaled<float, BFloat16>, add_scaled<float, Half>};
+    static const CpuKernels kernels = cpu_kernels_over<F32x8>(f32_kernels_over<F32x8>());
     return kernels;
 }
 

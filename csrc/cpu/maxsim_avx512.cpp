@@ -35,8 +35,7 @@ namespace {
 }  // namespace
 
 const CpuKernels& avx512_kernels() {
-    static const CpuKernels kernels{f32_kernels_over<F32x16>(), add_scaled<float, float>,
-                                    add_scaled<float, BFloat16>, add_scaled<float, Half>};
+    static const CpuKernels kernels = cpu_kernels_over<F32x16>(f32_kernels_over<F32x16>());
     return kernels;
 }
 

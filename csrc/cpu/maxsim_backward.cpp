@@ -1,5 +1,6 @@
 // The gradient of a maximum reaches its winner alone, so a pair's gradient is N + P scaled rows for
 // each side. Rows are gathered by their owner; see maxsim.h.
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -16,11 +17,16 @@ int64_t element_bytes(DType dtype) {
     return dtype == DType::f32 ? 4 : 2;
 }
 
-AddScaled adder_of(DType dtype) {
+AddScaled adder_of(DType dtype, Isa isa) {
     if (dtype == DType::f64) return scalar_add_f64();
-    const CpuKernels& kernels = kernels_of(active_isa());
+    const CpuKernels& kernels = kernels_of(isa);
     if (dtype == DType::bf16) return kernels.add_bf16;
     return dtype == DType::f16 ? kernels.add_f16 : kernels.add_f32;
+}
+
+Round rounder_of(DType dtype, Isa isa) {
+    const CpuKernels& kernels = kernels_of(isa);
+    return dtype == DType::bf16 ? kernels.round_bf16 : kernels.round_f16;
 }
 
 // The winner stored for a token, or -1.
@@ -37,7 +43,7 @@ class Backward {
   public:
     explicit Backward(const MaxSimBackward& call)
         : call_(call),
-          add_(adder_of(call.text.dtype)),
+          add_(adder_of(call.text.dtype, call.isa)),
           candidates_(call.image.rank == 4),
           texts_(call.text.shape[0]),
           bags_(call.text.shape[1]),
@@ -46,21 +52,36 @@ class Backward {
           depth_(call.text.shape[2]) {}
 
     void run() const {
-        if (call_.grad_text)
-            parallel_for(texts_, call_.n_threads, [&](int64_t text, int) {
-                for (int64_t image = 0; image < images_; ++image) add_pair(text, image, true);
-            });
-        if (call_.grad_image && candidates_)
-            parallel_for(texts_ * images_, call_.n_threads, [&](int64_t pair, int) {
-                add_pair(pair / images_, pair % images_, false);
-            });
-        else if (call_.grad_image)
-            parallel_for(images_, call_.n_threads, [&](int64_t image, int) {
-                for (int64_t text = 0; text < texts_; ++text) add_pair(text, image, false);
-            });
+        each_owner(call_.grad_text, texts_, bags_, [&](int64_t text, char* total) {
+            for (int64_t image = 0; image < images_; ++image) add_pair(text, image, true, total);
+        });
+        const int64_t owners = candidates_ ? texts_ * images_ : images_;
+        each_owner(call_.grad_image, owners, patches_, [&](int64_t owner, char* total) {
+            if (candidates_) return add_pair(owner / images_, owner % images_, false, total);
+            for (int64_t text = 0; text < texts_; ++text) add_pair(text, owner, false, total);
+        });
     }
 
   private:
+    // Calls use(owner, total) with the sums of each owner's rows: where they lie or, of a narrow
+    // gradient, in scratch, to be rounded afterwards.
+    template <class Use>
+    void each_owner(const View& grad, int64_t owners, int64_t rows, Use&& use) const {
+        if (!grad) return;
+        const int64_t count = rows * depth_, bytes = count * element_bytes(grad.dtype);
+        const bool narrow = element_bytes(grad.dtype) == 2;
+        const Round round = rounder_of(grad.dtype, call_.isa);
+        std::vector<std::vector<float>> sums(narrow ? std::max(1, call_.n_threads) : 0);
+        parallel_for(owners, call_.n_threads, [&](int64_t owner, int worker) {
+            char* out = grad.data + owner * bytes;
+            if (!narrow) return use(owner, out);
+            std::vector<float>& total = sums[worker];
+            total.assign(count, 0.0f);
+            use(owner, reinterpret_cast<char*>(total.data()));
+            round(total.data(), out, count);
+        });
+    }
+
     double upstream(const View& grad, int64_t i, int64_t j) const {
         if (!grad) return 0.0;
         return grad.dtype == DType::f64 ? *grad.at<const double>(i, j)
@@ -91,9 +112,9 @@ class Backward {
         return total;
     }
 
-    // Adds one pair to the rows of its text or, else, of its image. A zero upstream gradient adds
-    // nothing, whatever the features hold.
-    void add_pair(int64_t text, int64_t image, bool to_text) const {
+    // Adds one pair to the rows of its text or, else, of its image, which begin at `total`. A zero
+    // upstream gradient adds nothing, whatever the features hold.
+    void add_pair(int64_t text, int64_t image, bool to_text, char* total) const {
         const int64_t i = candidates_ ? text : image, j = candidates_ ? image : text;
         const double grad_t2i = upstream(call_.grad_t2i, text, image);
         const double grad_i2t = upstream(call_.grad_i2t, i, j);
@@ -107,7 +128,7 @@ class Backward {
                 // in zero mode a masked token may win: it is a constant
                 if (patch < 0 || patch >= patches_ || (patches && !patches[patch * patch_stride]))
                     continue;
-                add_row(text, image, bag, patch, scale, to_text);
+                add_row(text, image, bag, patch, scale, to_text, total);
             }
         }
         if (grad_i2t != 0.0) {
@@ -115,13 +136,13 @@ class Backward {
             for (int64_t patch = 0; patch < patches_; ++patch) {
                 const int64_t bag = winner_at(call_.image_argmax, i, j, patch);
                 if (bag < 0 || bag >= bags_ || (bags && !bags[bag * bag_stride])) continue;
-                add_row(text, image, bag, patch, scale, to_text);
+                add_row(text, image, bag, patch, scale, to_text, total);
             }
         }
     }
 
     void add_row(int64_t text, int64_t image, int64_t bag, int64_t patch, double scale,
-                 bool to_text) const {
+                 bool to_text, char* total) const {
         const int64_t bytes = element_bytes(call_.text.dtype);
         const int64_t wide =
             element_bytes(call_.text.dtype == DType::f64 ? DType::f64 : DType::f32);
@@ -130,14 +151,11 @@ class Backward {
             const int64_t row = candidates_ ? text * view.strides[0] + image * view.strides[1] +
                                                   patch * view.strides[2]
                                             : image * view.strides[0] + patch * view.strides[1];
-            const int64_t total = (text * bags_ + bag) * depth_;
-            add_(call_.grad_text.data + total * wide, view.data + row * bytes, scale, depth_);
+            add_(total + bag * depth_ * wide, view.data + row * bytes, scale, depth_);
         } else {
             const View& view = call_.text;
             const int64_t row = text * view.strides[0] + bag * view.strides[1];
-            const int64_t owner = candidates_ ? text * images_ + image : image;
-            const int64_t total = (owner * patches_ + patch) * depth_;
-            add_(call_.grad_image.data + total * wide, view.data + row * bytes, scale, depth_);
+            add_(total + patch * depth_ * wide, view.data + row * bytes, scale, depth_);
         }
     }
 

@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "cpu/maxsim_int8_pack.h"
+#include "cpu/maxsim_outcome.h"
 #include "cpu/maxsim_pack.h"
 #include "cpu/parallel.h"
 
@@ -33,10 +34,6 @@ const Int8Kernels& int8_kernels_of(Isa isa) {
     return scalar_int8_kernels();
 }
 
-const uint8_t* mask_row(const View& mask, int64_t i, int64_t j = 0) {
-    return mask ? mask.at<const uint8_t>(i, mask.rank == 3 ? j : 0) : nullptr;
-}
-
 class Int8Forward {
   public:
     Int8Forward(const MaxSimForward& call, const Int8Kernels& kernels)
@@ -53,7 +50,8 @@ class Int8Forward {
           turned_(kernels.turned != nullptr && !argmax_ && (candidates_ || texts_ < kManyTexts) &&
                   call.image.strides[call.image.rank - 1] == 1 &&
                   features_ % kernels.features_in_word() == 0),
-          room_(turned_ ? round_up(bags_, kernels.lanes) : bags_) {}
+          room_(turned_ ? round_up(bags_, kernels.lanes) : bags_),
+          outcome_(call) {}
 
     void run() {
         if (texts_ == 0 || images_ == 0) return;
@@ -65,10 +63,6 @@ class Int8Forward {
     }
 
   private:
-    static int64_t round_up(int64_t value, int64_t step) {
-        return (value + step - 1) / step * step;
-    }
-
     int64_t text_bytes() const { return std::max<int64_t>(1, room_ * (depth_ + 2) * 4); }
 
     int64_t parts(int64_t outer, int64_t inner) const {
@@ -270,8 +264,8 @@ class Int8Forward {
             job.lane_scales = texts.scales.data() + text * room_;
             job.n_lanes = texts.places[text].count();
             const bool has_nan = kernels_.turned(job);
-            store(texts, text, image, work, has_nan,
-                  {job.lane_best, nullptr, job.row_best, nullptr});
+            write(texts, text, image, work,
+                  {job.lane_best, nullptr, job.row_best, nullptr, has_nan});
         }
     }
 
@@ -287,54 +281,16 @@ class Int8Forward {
         rows.best = work.bag_best.data();
         rows.patch = argmax_ ? work.bag_patch.data() : nullptr;
         kernels_.rows(rows, has_nan);
-        store(texts, text, image, work, has_nan,
+        write(texts, text, image, work,
               {rows.best, rows.patch, work.lane_best.data() + slot * padded,
-               argmax_ ? work.lane_row.data() + slot * padded : nullptr});
+               argmax_ ? work.lane_row.data() + slot * padded : nullptr, has_nan});
     }
 
-    struct Maxima {
-        float* bag_best;
-        int32_t* bag_patch;  // null: no argmax
-        float* patch_best;   // null: not wanted
-        int32_t* patch_bag;  // null: no argmax
-    };
-
-    // Both scores of one pair.
-    void store(const Int8Texts& texts, int64_t slot, int64_t image, const Int8Workspace& work,
-               bool has_nan, const Maxima& found) const {
+    void write(const Int8Texts& texts, int64_t slot, int64_t image, const Int8Workspace& work,
+               const Maxima<float>& found) const {
         const Places& text = texts.places[slot];
-        const int64_t i = texts.first + slot;
-        const int64_t turned_i = candidates_ ? i : image, turned_j = candidates_ ? image : i;
         const bool scored = text.count() > 0 && work.image.count() > 0;
-        if (scored) settle(found.bag_best, found.bag_patch, text, work.image);
-        store_argmax(call_.text_argmax, i, image, text, scored ? found.bag_patch : nullptr);
-        if (call_.t2i)
-            *call_.t2i.at<float>(i, image) = scored ? score(found.bag_best, text, has_nan) : 0.0f;
-        if (!call_.i2t && !call_.image_argmax) return;
-        if (scored) settle(found.patch_best, found.patch_bag, work.image, text);
-        store_argmax(call_.image_argmax, turned_i, turned_j, work.image,
-                     scored ? found.patch_bag : nullptr);
-        if (call_.i2t)
-            *call_.i2t.at<float>(turned_i, turned_j) =
-                scored ? score(found.patch_best, work.image, has_nan) : 0.0f;
-    }
-
-    // Winners as the caller counts tokens; in zero mode masked tokens of the other side compete.
-    void settle(float* best, int32_t* winner, const Places& own, const Places& other) const {
-        const int32_t masked = call_.zero_mode ? other.first_masked : -1;
-        for (int32_t k = 0; k < own.count(); ++k) {
-            if (winner != nullptr) winner[k] = other.index[winner[k]];
-            if (masked < 0) continue;
-            if (winner != nullptr && (best[k] < 0 || (best[k] == 0 && masked < winner[k])))
-                winner[k] = masked;
-            if (best[k] < 0) best[k] = 0;
-        }
-    }
-
-    float score(const float* best, const Places& own, bool has_nan) const {
-        if (has_nan) return std::numeric_limits<float>::quiet_NaN();
-        const float total = ordered_sum(best, own.count());
-        return call_.mean ? total / static_cast<float>(own.count()) : total;
+        outcome_.write(texts.first + slot, image, text, work.image, scored ? &found : nullptr);
     }
 
     const MaxSimForward& call_;
@@ -344,13 +300,14 @@ class Int8Forward {
     int64_t images_, patches_;
     bool argmax_, turned_;
     int64_t room_;  // rows of a packed text
+    Outcome<float> outcome_;
     std::vector<Int8Workspace> workers_;
 };
 
 }  // namespace
 
 void maxsim_int8_forward(const MaxSimForward& call) {
-    Int8Forward(call, int8_kernels_of(active_isa())).run();
+    Int8Forward(call, int8_kernels_of(call.isa)).run();
 }
 
 }  // namespace bagformer

@@ -9,8 +9,9 @@
 // Panels of patches and tiles of bags lie as in maxsim.h, of 32-bit words along D. A word is four
 // int8 numbers where the processor multiplies those, else two numbers widened to 16 bits. Four-byte
 // words of patches are stored plus 128, because VPDPBUSD takes one side unsigned; a bag's sums then
-// start from -128 times the sum of its own numbers. Signed words are stored as they are. Sums wrap, so what passes by the way is of no
-// account: the total is exact as long as it fits in 32 bits itself.
+// start from -128 times the sum of its own numbers. Signed words are stored as they are. Sums wrap,
+// so what passes by the way is of no account: the total is exact as long as it fits in 32 bits
+// itself.
 #pragma once
 
 #include <cstdint>

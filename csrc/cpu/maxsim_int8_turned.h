@@ -28,8 +28,7 @@ BAGFORMER_INLINE void int8_turned_steps(const int8_t* const* at, int64_t d, cons
         for (int k = 0; k < STEPS; ++k) {
             const auto patch = Vec::template repeat<STEPS>(at[r] + 4 * d, k);
 #pragma GCC unroll 2
-            for (int c = 0; c < COLUMNS; ++c)
-                sum[r][c] = Vec::dot(sum[r][c], bags[k][c], patch);
+            for (int c = 0; c < COLUMNS; ++c) sum[r][c] = Vec::dot(sum[r][c], bags[k][c], patch);
         }
 }
 

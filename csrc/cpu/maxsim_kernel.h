@@ -7,9 +7,7 @@ using Job = PanelJob<typename Vec::T, typename Vec::E>;
 
 // Whether one load brings several values that are multiplied one by one with a whole vector.
 template <class Vec, class E = typename Vec::E>
-concept TakesElements = requires(const E* values) {
-    Vec::template pick<4>(values, 0);
-};
+concept TakesElements = requires(const E* values) { Vec::template pick<4>(values, 0); };
 
 // Value k of `COUNT` that lie together, as Vec::fma takes it.
 template <class Vec, int COUNT>
@@ -170,6 +168,15 @@ void add_scaled(void* total_data, const void* row_data, double scale, int64_t de
     for (int64_t d = 0; d < depth; ++d) total[d] += factor * static_cast<Total>(widen(row[d]));
 }
 
+template <class Vec, class Row>
+void round_row(const float* total, void* row_data, int64_t depth) {
+    Row* row = static_cast<Row*>(row_data);
+    int64_t d = 0;
+    for (; d + Vec::kWidth <= depth; d += Vec::kWidth)
+        Vec::store_row(row + d, Vec::load(total + d));
+    for (; d < depth; ++d) row[d] = narrow<Row>(total[d]);
+}
+
 // Square blocks of rows, transposed in registers.
 template <class Vec, class In>
 void pack_panel(const void* features, int64_t token_stride, const int32_t* places, int32_t count,
@@ -218,5 +225,17 @@ MaxSimKernels<float> f32_kernels_over() {
     kernels.pack_f8 = pack_panel<Vec, Float8>;
     kernels.turned_bf16 = score_turned<Vec, BFloat16>;
     kernels.turned_f16 = score_turned<Vec, Half>;
+    kernels.turned_i8 = score_turned<Vec, int8_t>;
+    kernels.turned_f8 = score_turned<Vec, Float8>;
     return kernels;
+}
+
+template <class Vec>
+CpuKernels cpu_kernels_over(const MaxSimKernels<float>& f32) {
+    return {f32,
+            add_scaled<float, float>,
+            add_scaled<float, BFloat16>,
+            add_scaled<float, Half>,
+            round_row<Vec, BFloat16>,
+            round_row<Vec, Half>};
 }

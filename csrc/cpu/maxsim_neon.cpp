@@ -23,8 +23,7 @@ namespace {
 }  // namespace
 
 const CpuKernels& neon_kernels() {
-    static const CpuKernels kernels{f32_kernels_over<F32x4>(), add_scaled<float, float>,
-                                    add_scaled<float, BFloat16>, add_scaled<float, Half>};
+    static const CpuKernels kernels = cpu_kernels_over<F32x4>(f32_kernels_over<F32x4>());
     return kernels;
 }
 

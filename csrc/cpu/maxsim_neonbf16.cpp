@@ -80,6 +80,8 @@ const CpuKernels& neonbf16_kernels() {
         made.pack_bf16 = pack_panel<BF16x8, BFloat16Pair>;
         made.pack_i8 = pack_panel<BF16x8, NarrowPair<int8_t>>;
         made.pack_f8 = pack_panel<BF16x8, NarrowPair<Float8>>;
+        made.turned_i8 = score_turned<BF16x8, NarrowPair<int8_t>>;
+        made.turned_f8 = score_turned<BF16x8, NarrowPair<Float8>>;
         return made;
     }();
     static const CpuKernels kernels = [] {

@@ -10,6 +10,13 @@
 
 namespace bagformer {
 
+inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
+
+// The flags of one text's, image's or candidate's tokens; null: there is no mask.
+inline const uint8_t* mask_row(const View& mask, int64_t i, int64_t j = 0) {
+    return mask ? mask.at<const uint8_t>(i, mask.rank == 3 ? j : 0) : nullptr;
+}
+
 // The tokens of one text or image that count, in index order.
 struct Places {
     std::vector<int32_t> index;
@@ -99,6 +106,17 @@ void interleave(const Rows<In>& rows, const int32_t* places, int count, int widt
     for (int row = 0; row < count; ++row) interleave_row(rows, places[row], width, out + row);
     for (int row = count; row < width; ++row)
         for (int64_t d = 0; d < depth; ++d) out[d * width + row] = E{};
+}
+
+// Quick packing from rows of In; null: there is none.
+template <class In, class T, class E>
+PackPanel quick_pack(const MaxSimKernels<T, E>& kernels) {
+    if constexpr (std::is_same_v<In, float>) return kernels.pack_f32;
+    if constexpr (std::is_same_v<In, BFloat16>) return kernels.pack_bf16;
+    if constexpr (std::is_same_v<In, Half>) return kernels.pack_f16;
+    if constexpr (std::is_same_v<In, int8_t>) return kernels.pack_i8;
+    if constexpr (std::is_same_v<In, Float8>) return kernels.pack_f8;
+    return nullptr;
 }
 
 // Image panels behind each other; `out` has room for whole panels. `quick` may be null.

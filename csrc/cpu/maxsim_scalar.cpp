@@ -16,8 +16,7 @@ namespace {
 }  // namespace
 
 const CpuKernels& scalar_kernels() {
-    static const CpuKernels kernels{kernels_over<Plain<float>>(), add_scaled<float, float>,
-                                    add_scaled<float, BFloat16>, add_scaled<float, Half>};
+    static const CpuKernels kernels = cpu_kernels_over<Plain<float>>(kernels_over<Plain<float>>());
     return kernels;
 }
 

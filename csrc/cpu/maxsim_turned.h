@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <iterator>
 #include <type_traits>
 #include <vector>
 
@@ -10,8 +11,6 @@
 #include "cpu/maxsim_pack.h"
 
 namespace bagformer {
-
-inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // Whether an image that meets `texts` texts of `bags` bags is read where it lies. Turned, each text
 // pays for the spare lanes of its last vector; packed, the image is moved once, which is as much
@@ -45,6 +44,7 @@ class TurnedImage {
         } else if (kernel_ != kernels.turned) {
             wide_.resize(height * depth);
         }
+        scales_.clear();
         rows_.resize(padded + height);
         for (int64_t k = 0; k < padded; ++k) {
             const int64_t at = k < count ? k : count - 1;
@@ -60,6 +60,13 @@ class TurnedImage {
         depth_ = depth;
     }
 
+    // After `set`: what the products of each patch are multiplied by, `first` being token 0's.
+    void set_scales(const float* first, int64_t stride, const Places& places) {
+        scales_.resize(row_best_.size());
+        for (int64_t k = 0; k < std::ssize(scales_); ++k)
+            scales_[k] = first[places.index[k < count_ ? k : count_ - 1] * stride];
+    }
+
     // True if a NaN is among the similarities with a text of `bags` bags, at least one.
     bool score(const E* panels, int32_t bags, T* bag_best, int32_t* bag_patch) {
         TurnedJob<T, E> job;
@@ -69,6 +76,7 @@ class TurnedImage {
         job.depth = depth_;
         job.n_lanes = bags;
         job.wide = wide_.data();
+        job.scales = scales_.empty() ? nullptr : scales_.data();
         job.lane_best = bag_best;
         job.row_best = row_best_.data();
         job.lane_row = bag_patch;
@@ -85,7 +93,10 @@ class TurnedImage {
         if (rows.stride != 1 && rows.depth > 1) return nullptr;
         if constexpr (std::is_same_v<In, E>) return kernels.turned;
         if constexpr (std::is_same_v<E, BFloat16Pair>)
-            return rows.depth % 2 == 0 ? kernels.turned : nullptr;
+            if (rows.depth % 2 != 0) return nullptr;
+        if constexpr (std::is_same_v<In, int8_t>) return kernels.turned_i8;
+        if constexpr (std::is_same_v<In, Float8>) return kernels.turned_f8;
+        if constexpr (std::is_same_v<E, BFloat16Pair>) return kernels.turned;
         if constexpr (std::is_same_v<In, BFloat16>) return kernels.turned_bf16;
         if constexpr (std::is_same_v<In, Half>) return kernels.turned_f16;
         return nullptr;
@@ -96,7 +107,7 @@ class TurnedImage {
     int64_t depth_ = 0;
     std::vector<const void*> rows_;
     std::vector<E> copy_, wide_;
-    std::vector<T> row_best_;
+    std::vector<T> row_best_, scales_;
     std::vector<int32_t> row_lane_;
 };
 

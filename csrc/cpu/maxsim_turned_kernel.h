@@ -64,6 +64,18 @@ BAGFORMER_INLINE void turned_sums(const typename Vec::E* const* rows, const void
     for (; d < depth; ++d) turned_steps<Vec, 1, COLUMNS>(at, d, panel, sum);
 }
 
+// Sums of eight-bit patches become similarities.
+template <class Vec, int COLUMNS>
+BAGFORMER_INLINE void turned_scale(const typename Vec::T* scales,
+                                   typename Vec::V (&sum)[Vec::kMaxRows][COLUMNS]) {
+#pragma GCC unroll 16
+    for (int r = 0; r < Vec::kMaxRows; ++r) {
+        const typename Vec::V scale = Vec::set1(scales[r]);
+#pragma GCC unroll 2
+        for (int c = 0; c < COLUMNS; ++c) sum[r][c] = Vec::mul(sum[r][c], scale);
+    }
+}
+
 // The lane that wins one patch: the first NaN, else the first of the highest.
 template <class Vec, int COLUMNS>
 int winning_lane(const typename Vec::V (&score)[COLUMNS], typename Vec::T best) {
@@ -153,6 +165,7 @@ bool turned_tile(const Turned<Vec>& job, const typename Vec::E* const* rows, int
     const typename Vec::E* panel = job.panels + int64_t{2 * Vec::kWidth} * job.depth * index;
     turned_sums<Vec, In, COLUMNS>(rows, job.rows + first_row + Vec::kMaxRows, job.depth, panel,
                                   sum);
+    if (job.scales != nullptr) turned_scale<Vec, COLUMNS>(job.scales + first_row, sum);
     return turned_fold<Vec, COLUMNS, ARGMAX>(job, index, first_row, sum);
 }
 

@@ -1,101 +1,118 @@
 #include "cpu/pool.h"
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <stdexcept>
 #include <string>
-#include <type_traits>
 #include <vector>
 
-#include "cpu/maxsim_pack.h"
 #include "cpu/parallel.h"
 
 namespace bagformer {
 
 namespace {
 
-// Rows handed to a thread at once; one row is far too little work.
-constexpr int64_t kRowsPerItem = 64;
+// Elements for which another thread is worth waking, as in PyTorch, and those handed to a thread
+// at once.
+constexpr int64_t kThreadElements = 32768;
+constexpr int64_t kItemElements = 16384;
+
+// Calls work(begin, end) on ranges that together are 0..rows.
+template <class Work>
+void each_range(int64_t rows, int64_t row_elements, int n_threads, Work&& work) {
+    const int64_t step = std::max<int64_t>(1, kItemElements / std::max<int64_t>(1, row_elements));
+    const int64_t worth = 1 + rows * row_elements / kThreadElements;
+    parallel_for((rows + step - 1) / step, static_cast<int>(std::min<int64_t>(n_threads, worth)),
+                 [&](int64_t item, int) { work(item * step, std::min(rows, (item + 1) * step)); });
+}
+
+// Calls use(kernels) with the kernels for rows of `depth` elements of `dtype`: short rows fill no
+// vector, and go to the plain ones.
+template <class Use>
+void with_kernels(Isa isa, DType dtype, int64_t depth, Use&& use) {
+    const PoolLevel& asked = pool_of(isa);
+    const PoolLevel& level = depth < kWidestVector ? scalar_pool() : asked;
+    switch (dtype) {
+        case DType::f64:
+            return use(scalar_f64_pool());
+        case DType::bf16:
+            return use(level.bf16);
+        case DType::f16:
+            return use(level.f16);
+        default:
+            return use(level.f32);
+    }
+}
+
+// What a thread needs for one row after another.
+template <class In>
+struct Workspace {
+    std::vector<Wide<In>> sum;
+    std::vector<In> tokens, grad;
+
+    explicit Workspace(int64_t depth) : sum(std::max(depth, kWidestVector)) {}
+};
+
+// Rows with stride 1 along D: those at `first`, or copies of them.
+template <class In>
+const In* tight(const In* first, int64_t stride, int64_t count, int64_t* row_stride, int64_t depth,
+                std::vector<In>& copies) {
+    if (stride == 1) return first;
+    if (static_cast<int64_t>(copies.size()) < count * depth) copies.resize(count * depth);
+    for (int64_t row = 0; row < count; ++row) {
+        const In* source = first + row * *row_stride;
+        In* target = copies.data() + row * depth;
+        for (int64_t d = 0; d < depth; ++d) target[d] = source[d * stride];
+    }
+    *row_stride = depth;
+    return copies.data();
+}
 
 template <class In>
-using Wide = std::conditional_t<std::is_same_v<In, double>, double, float>;
+Bag<In> bag_of(const In* first, int64_t stride, int64_t count, int64_t row_stride, int64_t depth,
+               Workspace<In>& work) {
+    const In* tokens = tight(first, stride, count, &row_stride, depth, work.tokens);
+    return {tokens, row_stride, count, depth, work.sum.data()};
+}
+
+template <class In>
+const In* tight_row(const In* row, int64_t stride, int64_t depth, std::vector<In>& copy) {
+    int64_t unused = 0;
+    return tight(row, stride, 1, &unused, depth, copy);
+}
+
+template <class In>
+void zero(In* rows, int64_t count) {
+    std::fill_n(rows, count, In{});
+}
 
 int64_t bound(const View& offsets, int64_t row, int64_t place) {
     return offsets.dtype == DType::i64 ? *offsets.at<const int64_t>(row, place)
                                        : *offsets.at<const int32_t>(row, place);
 }
 
-// [first, last) of a bag, within 0..tokens.
-struct Span {
-    int64_t first, last;
-};
-
-Span bag_span(const View& offsets, int64_t row, int64_t bag, int64_t tokens) {
-    const Span span{bound(offsets, row, bag), bound(offsets, row, bag + 1)};
-    if (span.first < 0 || span.last > tokens || span.first > span.last)
-        throw std::invalid_argument("offsets must rise within 0..T; row " + std::to_string(row) +
-                                    ", bag " + std::to_string(bag));
-    return span;
-}
-
-template <class T>
-T squared_norm(const T* row, int64_t depth) {
-    constexpr int kPartial = 16;
-    T partial[kPartial] = {};
-    int64_t d = 0;
-    for (; d + kPartial <= depth; d += kPartial)
-        for (int j = 0; j < kPartial; ++j) partial[j] += row[d + j] * row[d + j];
-    for (int j = 0; d + j < depth; ++j) partial[j] += row[d + j] * row[d + j];
-    for (int half = kPartial / 2; half > 0; half /= 2)
-        for (int j = 0; j < half; ++j) partial[j] += partial[j + half];
-    return partial[0];
-}
-
-// NaN stays NaN, as in clamp_min.
-template <class T>
-T clamped(T norm, T eps) {
-    return norm < eps ? eps : norm;
-}
-
-template <class T>
-void normalize_row(T* row, int64_t depth, double eps) {
-    const T norm = clamped(std::sqrt(squared_norm(row, depth)), static_cast<T>(eps));
-    for (int64_t d = 0; d < depth; ++d) row[d] /= norm;
-}
-
-// grad becomes the gradient of the row before normalize_row; a clamped norm is a constant.
-template <class T>
-void normalize_row_backward(T* grad, T* row, int64_t depth, double eps) {
-    const T norm = std::sqrt(squared_norm(row, depth));
-    const T divisor = clamped(norm, static_cast<T>(eps));
-    T along = 0;
-    for (int64_t d = 0; d < depth; ++d) {
-        row[d] /= divisor;
-        along += grad[d] * row[d];
-    }
-    if (norm < static_cast<T>(eps)) along = 0;
-    for (int64_t d = 0; d < depth; ++d) grad[d] = (grad[d] - row[d] * along) / divisor;
-}
-
-template <class T, class In>
-void load_row(const In* row, int64_t stride, int64_t depth, T* out) {
-    for (int64_t d = 0; d < depth; ++d) out[d] = widen(row[d * stride]);
-}
-
-template <class T, class In>
-void store_row(const T* row, int64_t depth, In* out) {
-    for (int64_t d = 0; d < depth; ++d) out[d] = narrow<In>(row[d]);
-}
-
-template <class T, class In>
-void sum_bag(const View& hidden, int64_t batch, Span span, T* out) {
-    const int64_t depth = hidden.shape[2], stride = hidden.strides[2];
-    std::fill(out, out + depth, T(0));
-    for (int64_t token = span.first; token < span.last; ++token) {
-        const In* row = hidden.at<const In>(batch, token);
-        for (int64_t d = 0; d < depth; ++d) out[d] += widen(row[d * stride]);
-    }
+// Throws in the words of check_offset_values in bagformer/ops/bag_pool.py.
+void check_offsets(const View& offsets, int64_t tokens) {
+    const int64_t rows = offsets.shape[0], places = offsets.shape[1];
+    const auto text = [](int64_t number) { return std::to_string(number); };
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t place = 0; place < places; ++place) {
+            const int64_t here = bound(offsets, row, place);
+            if (here < 0 || here > tokens)
+                throw std::invalid_argument("offsets must lie within 0..T = " + text(tokens) +
+                                            ", got " + text(here) + " at row " + text(row) +
+                                            ", place " + text(place));
+        }
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t place = 1; place < places; ++place) {
+            const int64_t before = bound(offsets, row, place - 1);
+            const int64_t here = bound(offsets, row, place);
+            if (here < before)
+                throw std::invalid_argument("offsets must never fall along a row, got " +
+                                            text(before) + " then " + text(here) + " at row " +
+                                            text(row) + ", places " + text(place - 1) + " and " +
+                                            text(place));
+        }
 }
 
 bool masked(const View& mask, int64_t batch, int64_t bag) {
@@ -103,89 +120,107 @@ bool masked(const View& mask, int64_t batch, int64_t bag) {
 }
 
 template <class In>
-void pool_text(const BagPool& call, int64_t batch) {
-    const int64_t depth = call.hidden.shape[2], tokens = call.hidden.shape[1];
-    std::vector<Wide<In>> sum(depth);
-    for (int64_t bag = 0; bag < call.pooled.shape[1]; ++bag) {
-        const Span span = bag_span(call.offsets, batch, bag, tokens);
-        if (masked(call.mask, batch, bag)) {
-            std::fill(sum.begin(), sum.end(), Wide<In>(0));
-        } else {
-            sum_bag<Wide<In>, In>(call.hidden, batch, span, sum.data());
-            if (call.normalize) normalize_row(sum.data(), depth, call.eps);
-        }
-        store_row(sum.data(), depth, call.pooled.at<In>(batch, bag));
-    }
+void pool_bag(const BagPool& call, const PoolKernels<In>& kernels, int64_t batch, int64_t bag,
+              Workspace<In>& work) {
+    const int64_t depth = call.hidden.shape[2], first = bound(call.offsets, batch, bag);
+    const int64_t count = bound(call.offsets, batch, bag + 1) - first;
+    In* out = call.pooled.at<In>(batch, bag);
+    if (count == 0 || masked(call.mask, batch, bag)) return zero(out, depth);
+    const View& hidden = call.hidden;
+    kernels.pool(bag_of(hidden.at<const In>(batch, first), hidden.strides[2], count,
+                        hidden.strides[1], depth, work),
+                 call.normalize, call.eps, out);
 }
 
 template <class In>
-void pool_text_backward(const BagPoolBackward& call, int64_t batch) {
-    const int64_t depth = call.grad.shape[2], tokens = call.grad_hidden.shape[1];
-    std::vector<Wide<In>> grad(depth), sum(depth);
-    const In zero = narrow<In>(0.0);
-    for (int64_t token = 0; token < tokens; ++token)
-        std::fill_n(call.grad_hidden.at<In>(batch, token), depth, zero);
-    for (int64_t bag = 0; bag < call.grad.shape[1]; ++bag) {
-        const Span span = bag_span(call.offsets, batch, bag, tokens);
-        if (masked(call.mask, batch, bag)) continue;
-        load_row(call.grad.at<const In>(batch, bag), call.grad.strides[2], depth, grad.data());
-        if (call.hidden) {
-            sum_bag<Wide<In>, In>(call.hidden, batch, span, sum.data());
-            normalize_row_backward(grad.data(), sum.data(), depth, call.eps);
-        }
-        for (int64_t token = span.first; token < span.last; ++token)
-            store_row(grad.data(), depth, call.grad_hidden.at<In>(batch, token));
-    }
+void pool_bag_backward(const BagPoolBackward& call, const PoolKernels<In>& kernels, int64_t batch,
+                       int64_t bag, Workspace<In>& work) {
+    const int64_t depth = call.grad.shape[2], bags = call.grad.shape[1];
+    const int64_t tokens = call.grad_hidden.shape[1];
+    const int64_t first = bound(call.offsets, batch, bag);
+    const int64_t last = bound(call.offsets, batch, bag + 1);
+    // the tokens of no bag lie before the first and after the last
+    if (bag == 0) zero(call.grad_hidden.at<In>(batch), first * depth);
+    if (bag == bags - 1) zero(call.grad_hidden.at<In>(batch, last), (tokens - last) * depth);
+    In* out = call.grad_hidden.at<In>(batch, first);
+    if (masked(call.mask, batch, bag)) return zero(out, (last - first) * depth);
+    if (first == last) return;
+    const View &hidden = call.hidden, &upstream = call.grad;
+    const In* grad =
+        tight_row(upstream.at<const In>(batch, bag), upstream.strides[2], depth, work.grad);
+    if (hidden)
+        kernels.backward(bag_of(hidden.at<const In>(batch, first), hidden.strides[2], last - first,
+                                hidden.strides[1], depth, work),
+                         grad, call.eps, out);
+    else
+        std::copy_n(grad, depth, out);
+    for (int64_t token = first + 1; token < last; ++token)
+        std::copy_n(out, depth, call.grad_hidden.at<In>(batch, token));
+}
+
+// Calls use(batch, bag, workspace) for every bag.
+template <class In, class Use>
+void each_bag(int64_t batch, int64_t bags, int64_t tokens, int64_t depth, int n_threads,
+              Use&& use) {
+    const int64_t rows = batch * bags;
+    if (rows == 0) return;
+    const int64_t row_elements = std::max((batch * tokens * depth + rows - 1) / rows, depth);
+    each_range(rows, row_elements, n_threads, [&](int64_t begin, int64_t end) {
+        Workspace<In> work(depth);
+        for (int64_t row = begin; row < end; ++row) use(row / bags, row % bags, work);
+    });
 }
 
 }  // namespace
 
 void bag_pool(const BagPool& call) {
-    with_float_type(call.hidden.dtype, [&](auto* type) {
-        using In = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-        parallel_for(call.hidden.shape[0], call.n_threads,
-                     [&](int64_t batch, int) { pool_text<In>(call, batch); });
-    });
+    const View &hidden = call.hidden, &pooled = call.pooled;
+    check_offsets(call.offsets, hidden.shape[1]);
+    with_kernels(
+        call.isa, hidden.dtype, hidden.shape[2], [&]<class In>(const PoolKernels<In>& kernels) {
+            each_bag<In>(pooled.shape[0], pooled.shape[1], hidden.shape[1], hidden.shape[2],
+                         call.n_threads, [&](int64_t batch, int64_t bag, Workspace<In>& work) {
+                             pool_bag(call, kernels, batch, bag, work);
+                         });
+        });
 }
 
 void bag_pool_backward(const BagPoolBackward& call) {
-    with_float_type(call.grad.dtype, [&](auto* type) {
-        using In = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-        parallel_for(call.grad.shape[0], call.n_threads,
-                     [&](int64_t batch, int) { pool_text_backward<In>(call, batch); });
-    });
+    const View &grad = call.grad, &out = call.grad_hidden;
+    check_offsets(call.offsets, out.shape[1]);
+    with_kernels(
+        call.isa, grad.dtype, grad.shape[2], [&]<class In>(const PoolKernels<In>& kernels) {
+            if (grad.shape[1] == 0)
+                return zero(out.at<In>(), out.shape[0] * out.shape[1] * out.shape[2]);
+            each_bag<In>(grad.shape[0], grad.shape[1], out.shape[1], grad.shape[2], call.n_threads,
+                         [&](int64_t batch, int64_t bag, Workspace<In>& work) {
+                             pool_bag_backward(call, kernels, batch, bag, work);
+                         });
+        });
 }
 
-void l2_normalize(const View& rows, double eps, const View& out, int n_threads) {
+void l2_normalize(const View& rows, double eps, const View& out, int n_threads, Isa isa) {
     const int64_t count = rows.shape[0], depth = rows.shape[1];
-    with_float_type(rows.dtype, [&](auto* type) {
-        using In = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-        parallel_for((count + kRowsPerItem - 1) / kRowsPerItem, n_threads, [&](int64_t item, int) {
-            std::vector<Wide<In>> row(depth);
-            const int64_t end = std::min(count, (item + 1) * kRowsPerItem);
-            for (int64_t r = item * kRowsPerItem; r < end; ++r) {
-                load_row(rows.at<const In>(r), rows.strides[1], depth, row.data());
-                normalize_row(row.data(), depth, eps);
-                store_row(row.data(), depth, out.at<In>(r));
-            }
+    with_kernels(isa, rows.dtype, depth, [&]<class In>(const PoolKernels<In>& kernels) {
+        each_range(count, depth, n_threads, [&](int64_t begin, int64_t end) {
+            Workspace<In> work(depth);
+            for (int64_t r = begin; r < end; ++r)
+                kernels.pool(bag_of(rows.at<const In>(r), rows.strides[1], 1, 0, depth, work), true,
+                             eps, out.at<In>(r));
         });
     });
 }
 
 void l2_normalize_backward(const View& grad, const View& rows, double eps, const View& out,
-                           int n_threads) {
+                           int n_threads, Isa isa) {
     const int64_t count = rows.shape[0], depth = rows.shape[1];
-    with_float_type(rows.dtype, [&](auto* type) {
-        using In = std::remove_const_t<std::remove_pointer_t<decltype(type)>>;
-        parallel_for((count + kRowsPerItem - 1) / kRowsPerItem, n_threads, [&](int64_t item, int) {
-            std::vector<Wide<In>> row(depth), upstream(depth);
-            const int64_t end = std::min(count, (item + 1) * kRowsPerItem);
-            for (int64_t r = item * kRowsPerItem; r < end; ++r) {
-                load_row(rows.at<const In>(r), rows.strides[1], depth, row.data());
-                load_row(grad.at<const In>(r), grad.strides[1], depth, upstream.data());
-                normalize_row_backward(upstream.data(), row.data(), depth, eps);
-                store_row(upstream.data(), depth, out.at<In>(r));
-            }
+    with_kernels(isa, rows.dtype, depth, [&]<class In>(const PoolKernels<In>& kernels) {
+        each_range(count, depth, n_threads, [&](int64_t begin, int64_t end) {
+            Workspace<In> work(depth);
+            for (int64_t r = begin; r < end; ++r)
+                kernels.backward(bag_of(rows.at<const In>(r), rows.strides[1], 1, 0, depth, work),
+                                 tight_row(grad.at<const In>(r), grad.strides[1], depth, work.grad),
+                                 eps, out.at<In>(r));
         });
     });
 }

@@ -1,8 +1,16 @@
+// What a file of one instruction set says to the compiler.
+#pragma once
+
+// The sums of a tile stay in registers only if what fills and what folds them become one function.
+#if defined(__GNUC__)
+#define BAGFORMER_INLINE inline __attribute__((always_inline))
+#else
+#define BAGFORMER_INLINE inline
+#endif
+
 // What lies between these two lines is compiled for processors that have `features`, whatever the
 // rest of the build is for. Headers of the standard library come before: nothing that other files
 // share may be compiled here.
-#pragma once
-
 #define BAGFORMER_PRAGMA(text) _Pragma(#text)
 
 #if defined(__clang__)

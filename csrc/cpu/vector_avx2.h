@@ -10,6 +10,7 @@ struct F32x8 {
     using M = __m256;
     static constexpr int kWidth = 8;
     static constexpr int kMaxRows = 6;
+    static constexpr bool kFused = true;  // fma rounds once
 
     static V load(const float* p) { return _mm256_loadu_ps(p); }
     static void store(float* p, V v) { _mm256_storeu_ps(p, v); }
@@ -17,12 +18,19 @@ struct F32x8 {
     static P load_packed(const E* p) { return _mm256_loadu_ps(p); }
     static P broadcast(E x) { return _mm256_set1_ps(x); }
     static V fma(P a, P b, V c) { return _mm256_fmadd_ps(a, b, c); }
+    static V add(V a, V b) { return _mm256_add_ps(a, b); }
     static V mul(V a, V b) { return _mm256_mul_ps(a, b); }
+    static V div(V a, V b) { return _mm256_div_ps(a, b); }
     static V max(V a, V b) { return _mm256_max_ps(a, b); }
     static float highest(V v) {
         __m128 best = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
         best = _mm_max_ps(best, _mm_movehl_ps(best, best));
         return _mm_cvtss_f32(_mm_max_ss(best, _mm_shuffle_ps(best, best, 1)));
+    }
+    static float total(V v) {
+        __m128 sum = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+        sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+        return _mm_cvtss_f32(_mm_add_ss(sum, _mm_shuffle_ps(sum, sum, 1)));
     }
     static I iload(const int32_t* p) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -75,6 +83,21 @@ struct F32x8 {
         return widen(x);
     }
     static void store_packed(E* p, V v) { _mm256_storeu_ps(p, v); }
+    static void store_row(float* p, V v) { _mm256_storeu_ps(p, v); }
+    static void store_row(BFloat16* p, V v) {  // as narrow<BFloat16>
+        const __m256i bits = _mm256_castps_si256(v), high = _mm256_srli_epi32(bits, 16);
+        const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+        const __m256i half = _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff));
+        const __m256i number = _mm256_srli_epi32(_mm256_add_epi32(bits, half), 16);
+        const __m256i nan = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+        const __m256i words = iblend(is_nan(v), nan, number);
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(packed));
+    }
+    static void store_row(Half* p, V v) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                         _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+    }
 
     // rows[i] lane j <-> rows[j] lane i
     static void transpose(V* rows) {

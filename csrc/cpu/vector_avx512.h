@@ -10,6 +10,7 @@ struct F32x16 {
     using M = __mmask16;
     static constexpr int kWidth = 16;
     static constexpr int kMaxRows = 13;
+    static constexpr bool kFused = true;  // fma rounds once
 
     static V load(const float* p) { return _mm512_loadu_ps(p); }
     static void store(float* p, V v) { _mm512_storeu_ps(p, v); }
@@ -17,9 +18,12 @@ struct F32x16 {
     static P load_packed(const E* p) { return _mm512_loadu_ps(p); }
     static P broadcast(E x) { return _mm512_set1_ps(x); }
     static V fma(P a, P b, V c) { return _mm512_fmadd_ps(a, b, c); }
+    static V add(V a, V b) { return _mm512_add_ps(a, b); }
     static V mul(V a, V b) { return _mm512_mul_ps(a, b); }
+    static V div(V a, V b) { return _mm512_div_ps(a, b); }
     static V max(V a, V b) { return _mm512_max_ps(a, b); }
     static float highest(V v) { return _mm512_reduce_max_ps(v); }
+    static float total(V v) { return _mm512_reduce_add_ps(v); }
     static I iload(const int32_t* p) { return _mm512_loadu_si512(p); }
     static void istore(int32_t* p, I v) { _mm512_storeu_si512(p, v); }
     static I iset1(int32_t x) { return _mm512_set1_epi32(x); }
@@ -65,6 +69,20 @@ struct F32x16 {
         return widen(x);
     }
     static void store_packed(E* p, V v) { _mm512_storeu_ps(p, v); }
+    static void store_row(float* p, V v) { _mm512_storeu_ps(p, v); }
+    static void store_row(BFloat16* p, V v) {  // as narrow<BFloat16>
+        const __m512i bits = _mm512_castps_si512(v), high = _mm512_srli_epi32(bits, 16);
+        const __m512i odd = _mm512_and_si512(high, _mm512_set1_epi32(1));
+        const __m512i half = _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff));
+        const __m512i number = _mm512_srli_epi32(_mm512_add_epi32(bits, half), 16);
+        const __m512i words =
+            _mm512_mask_or_epi32(number, is_nan(v), high, _mm512_set1_epi32(0x40));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(words));
+    }
+    static void store_row(Half* p, V v) {
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                            _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
 
     // rows[i] lane j <-> rows[j] lane i
     static void transpose(V* rows) {

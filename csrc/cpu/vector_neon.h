@@ -55,7 +55,15 @@ struct F32x4 {
     static V fma(B b, P a, V c) {
         return fma(a, b, c);
     }
+    static V fma(P a, P b, V c) { return vfmaq_f32(c, a, b); }
+    static constexpr bool kFused = true;  // fma rounds once
+    static V add(V a, V b) { return vaddq_f32(a, b); }
     static V mul(V a, V b) { return vmulq_f32(a, b); }
+    static V div(V a, V b) { return vdivq_f32(a, b); }
+    static float total(V v) {
+        const float32x2_t pairs = vadd_f32(vget_low_f32(v), vget_high_f32(v));
+        return vget_lane_f32(pairs, 0) + vget_lane_f32(pairs, 1);
+    }
     static V max(V a, V b) { return vmaxnmq_f32(a, b); }
     static float highest(V v) { return vmaxnmvq_f32(v); }
     static I iload(const int32_t* p) { return vld1q_s32(p); }
@@ -104,6 +112,17 @@ struct F32x4 {
         return widen(x);
     }
     static void store_packed(E* p, V v) { vst1q_f32(p, v); }
+    static void store_row(float* p, V v) { vst1q_f32(p, v); }
+    static void store_row(BFloat16* p, V v) {  // as narrow<BFloat16>
+        const uint32x4_t bits = vreinterpretq_u32_f32(v), high = vshrq_n_u32(bits, 16);
+        const uint32x4_t half = vaddq_u32(vandq_u32(high, vdupq_n_u32(1)), vdupq_n_u32(0x7fff));
+        const uint32x4_t number = vshrq_n_u32(vaddq_u32(bits, half), 16);
+        const uint32x4_t nan = vorrq_u32(high, vdupq_n_u32(0x40));
+        vst1_u16(&p->bits, vmovn_u32(vbslq_u32(is_nan(v), nan, number)));
+    }
+    static void store_row(Half* p, V v) {
+        vst1_u16(&p->bits, vreinterpret_u16_f16(vcvt_f16_f32(v)));
+    }
 
     // rows[i] lane j <-> rows[j] lane i
     static void transpose(V* rows) {

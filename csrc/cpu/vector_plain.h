@@ -21,6 +21,7 @@ struct Plain {
     using M = Flags;
     static constexpr int kWidth = kWide;
     static constexpr int kMaxRows = 4;
+    static constexpr bool kFused = false;  // fma may round twice
 
     template <class Out, class Function>
     static Out each(Function function) {
@@ -44,6 +45,12 @@ struct Plain {
     static V fma(const V& a, const V& b, const V& c) {
         return each<V>([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
     }
+    static V add(const V& a, const V& b) {
+        return each<V>([&](int i) { return a.lane[i] + b.lane[i]; });
+    }
+    static V div(const V& a, const V& b) {
+        return each<V>([&](int i) { return a.lane[i] / b.lane[i]; });
+    }
     static V mul(const V& a, const V& b) {
         return each<V>([&](int i) { return a.lane[i] * b.lane[i]; });
     }
@@ -55,6 +62,7 @@ struct Plain {
         for (int i = 1; i < kWide; ++i) best = v.lane[i] > best ? v.lane[i] : best;
         return best;
     }
+    static T total(const V& v) { return (v.lane[0] + v.lane[2]) + (v.lane[1] + v.lane[3]); }
     static I iload(const int32_t* p) {
         return each<I>([&](int i) { return p[i]; });
     }
@@ -87,5 +95,15 @@ struct Plain {
     }
     static I iblend(const M& m, const I& yes, const I& no) {
         return each<I>([&](int i) { return m.lane[i] ? yes.lane[i] : no.lane[i]; });
+    }
+
+    template <class In>
+    static V load_row(const In* p) {
+        return each<V>([&](int i) { return static_cast<T>(widen(p[i])); });
+    }
+    template <class In>
+    static void store_row(In* p, const V& v) {
+#pragma GCC unroll 4
+        for (int i = 0; i < kWide; ++i) p[i] = narrow<In>(v.lane[i]);
     }
 };

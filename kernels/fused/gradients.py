@@ -2,9 +2,10 @@
 
 import torch
 import triton
+from bagformer.kernels import plan as planning
 from bagformer.kernels import scoring, tiles
 from bagformer.kernels.maxsim_backward import grad_image_kernel, grad_text_kernel
-from bagformer.kernels.plan import NOTHING, Tokens, bucket, compact_both
+from bagformer.kernels.plan import NOTHING, Plan
 from torch import Tensor
 
 INDEX_BYTES = 256 << 20  # of indices held at a time when they are recomputed
@@ -25,14 +26,16 @@ def maxsim_backward(
     wants_image: bool = True,
     precision: str = "ieee",
     wide: bool = False,
+    held: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients with respect to ``text`` and ``image``, in their dtype, empty where not wanted.
 
     ``wide``: in float32, whatever the features' dtype.
 
     ``text_argmax`` and ``image_argmax`` are what ``maxsim_forward`` gave; where one that is needed
-    is None or empty, both are computed again, a few texts at a time. A gradient that is None is
-    zero. Deterministic to the last bit.
+    is None or empty, both are computed again, a few texts at a time. ``held`` is what it left of
+    the masks, made again where it is None or empty. A gradient that is None is zero.
+    Deterministic to the last bit.
     """
     grads = tuple(
         None if grad is None else grad.to(torch.float32).contiguous()
@@ -48,14 +51,12 @@ def maxsim_backward(
         for grad, index in zip(grads, chosen, strict=True)
     )
     nothing = grads == (None, None) or text.numel() == 0 or image.numel() == 0
-    # what no program owns (masked tokens) stays zero; without a mask everything is written
+    # every row is written, those of masked tokens with zeros; sums over chunks start from zeros
     grad_text, grad_image = (
-        (x.new_zeros if mask is not None or nothing or missing else x.new_empty)(
+        (x.new_zeros if nothing or missing else x.new_empty)(
             x.shape if wanted else [0] * x.dim(), dtype=dtype
         )
-        for x, mask, wanted in zip(
-            kept, (text_mask, image_mask), (wants_text, wants_image), strict=True
-        )
+        for x, wanted in zip(kept, (wants_text, wants_image), strict=True)
     )
     if nothing:
         return grad_text, grad_image
@@ -63,9 +64,24 @@ def maxsim_backward(
     if missing:
         _recompute(grads, text, image, masks, mask_mode, settings, grad_text, grad_image)
     else:
-        plans = compact_both(text_mask, image_mask)
-        _launch(grads, text, image, plans, chosen, settings, grad_text, grad_image, False)
+        plan = _plan(text, image, masks, held)
+        _launch(grads, text, image, plan, chosen, settings, grad_text, grad_image, False)
     return grad_text, grad_image
+
+
+def _plan(text: Tensor, image: Tensor, masks, held: Tensor | None = None) -> Plan:
+    """What the forward left, or the same again, without an order where none is of use here."""
+    classes = _classes(text, image, masks[0])
+    if held is None or held.numel() == 0:
+        return planning.make(text, image, masks, classes)
+    masked = masks[0] is not None, masks[1] is not None
+    return planning.read(held, text, image, masked, classes > 0)
+
+
+def _classes(text: Tensor, image: Tensor, text_mask: Tensor | None) -> int:
+    if tiles.slot_of(text.shape[1]) > tiles.LONGEST_PIECE:
+        return 0
+    return scoring.slot_classes(text, image, text_mask)
 
 
 def _recompute(grads, text, image, masks, mask_mode, settings, grad_text, grad_image) -> None:
@@ -95,8 +111,8 @@ def _recompute(grads, text, image, masks, mask_mode, settings, grad_text, grad_i
         )
         into = sums if image.dim() == 3 or sums.numel() == 0 else sums[part]
         own = grad_text[part] if grad_text.numel() else grad_text
-        plans = compact_both(word_mask, picture_mask)
-        _launch(slopes, words, pictures, plans, outputs[2:], settings, own, into, shared)
+        plan = _plan(words, pictures, (word_mask, picture_mask))
+        _launch(slopes, words, pictures, plan, outputs[2:], settings, own, into, shared)
     if sums is not grad_image:
         grad_image.copy_(sums)
 
@@ -107,46 +123,36 @@ def _of_texts(grad: Tensor | None, part: slice, candidates: bool) -> Tensor | No
     return grad[part] if candidates else grad[:, part].contiguous()
 
 
-def _launch(
-    grads, text, image, plans: tuple[Tokens, Tokens], chosen, settings, grad_text, grad_image, add
-) -> None:
-    n_bags = text.shape[1]
-    slot = min(tiles.slot_of(n_bags), tiles.LONGEST_PIECE)
+def _launch(grads, text, image, plan: Plan, chosen, settings, grad_text, grad_image, add) -> None:
+    slot, together = min(tiles.slot_of(text.shape[1]), tiles.LONGEST_PIECE), text.shape[0]
     if image.dim() == 4:
-        slot = max(slot, tiles.SMALLEST_BLOCK)
-    pairs = text.shape[0] * image.shape[-3]
-    counts = plans[0].counts
-    order = bounds = None
+        slot, together = max(slot, tiles.SMALLEST_BLOCK), 1
     classes = 0
-    if (
-        counts is not None
-        and image.dim() == 3
-        and slot > tiles.SMALLEST_SLOT
-        and n_bags <= slot
-        and pairs >= scoring.SORTED_PAIRS
-    ):
+    if plan.order is not None:
         classes = (slot // tiles.SMALLEST_SLOT).bit_length()
-        order, bounds = bucket(counts, classes)
-    common = (grads, text, image, plans, chosen, settings, order)
+    pieces = triton.cdiv(text.shape[1], slot)
+    sizes = text.device, text.dtype, text.shape[2]
+    common = (grads, text, image, plan, chosen, settings, pieces)
     if grad_text.numel():
-        if bounds is None:
-            _launch_text(*common, None, slot, grad_text)
-        else:
-            for rank in range(classes):
-                _launch_text(*common, bounds[rank], tiles.SMALLEST_SLOT << rank, grad_text)
+        for slots in scoring.launches(
+            slot, text.shape[0] * pieces, classes,
+            lambda slot: tiles.text_gradient_tile(*sizes, slot, together),
+        ):  # fmt: skip
+            _launch_text(*common, slots, grad_text)
     if grad_image.numel():
-        _launch_image(*common, bounds, slot, classes, grad_image, add)
+        tile = tiles.image_gradient_tile(*sizes, slot, together)
+        _launch_image(*common, slot, classes, tile, grad_image, add)
 
 
-def _flags(grads, text, image, plans, chosen, settings) -> dict:
+def _flags(grads, text, image, plan: Plan, chosen, settings) -> dict:
     n_texts, n_bags, width = text.shape
     n_images, n_patches = image.shape[-3:-1]
     widest = n_texts * max(n_images * n_bags, n_patches, n_bags * width, text.stride(0))
     if image.dim() == 4:
         widest = max(widest, n_texts * n_images * n_patches)
     return {
-        "TEXT_MASK": plans[0] is not NOTHING,
-        "IMAGE_MASK": plans[1] is not NOTHING,
+        "TEXT_MASK": plan.text is not NOTHING,
+        "IMAGE_MASK": plan.image is not NOTHING,
         "MEAN": settings[0],
         "CANDIDATES": image.dim() == 4,
         "TO_IMAGE": grads[0] is not None,
@@ -164,48 +170,40 @@ def _narrow(grads, chosen) -> bool:
     return all(index.dtype.itemsize <= 2 for index in used)
 
 
-def _launch_text(grads, text, image, plans, chosen, settings, order, bounds, slot, out) -> None:
+def _launch_text(
+    grads, text, image, plan: Plan, chosen, settings, pieces, slots: scoring.Slots, out
+) -> None:
     n_texts, n_bags, width = text.shape
     n_images, n_patches = image.shape[-3:-1]
-    candidates = image.dim() == 4
-    tile = tiles.text_gradient_tile(
-        text.device, text.dtype, width, slot, 1 if candidates else n_texts
-    )
-    pieces = 1 if order is not None else triton.cdiv(n_bags, slot)
+    tile = slots.tiles[0]
     strides = image.stride(0), image.stride(-3), image.stride(-2)
     unit = tiles.common_unit(width, *strides)
-    grid = (triton.cdiv(n_texts * pieces, tile.block_n // slot), triton.cdiv(width, tile.span))
-    grad_text_kernel[grid](
-        image, tuple(plans[0]), tuple(plans[1]), order, bounds, grads, *chosen, out,
+    grad_text_kernel[(slots.groups, triton.cdiv(width, tile.span))](
+        image, tuple(plan.text), tuple(plan.image), plan.order, plan.bounds, grads, *chosen, out,
         n_texts, n_images, n_bags, n_patches, width // unit, pieces,
         *(stride // unit for stride in strides),
-        UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, SLOT=slot, SPAN=tile.span,
-        WHOLE=width % tile.span == 0, CUT=pieces > 1, ORDERED=order is not None,
-        **_flags(grads, text, image, plans, chosen, settings),
+        UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=slots.columns, SLOT=slots.slots, SPAN=tile.span,
+        WHOLE=width % tile.span == 0, CUT=pieces > 1, RANKS=slots.ranks,
+        **_flags(grads, text, image, plan, chosen, settings),
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
 
 
 def _launch_image(
-    grads, text, image, plans, chosen, settings, order, bounds, slot, classes, out, add
+    grads, text, image, plan: Plan, chosen, settings, pieces, slot, classes, tile, out, add
 ) -> None:
     n_texts, n_bags, width = text.shape
     n_images, n_patches = image.shape[-3:-1]
-    candidates = image.dim() == 4
-    tile = tiles.image_gradient_tile(
-        text.device, text.dtype, width, slot, 1 if candidates else n_texts
-    )
-    pieces = 1 if order is not None else triton.cdiv(n_bags, slot)
     unit = tiles.common_unit(width, text.stride(0), text.stride(1))
     items = out.numel() // (n_patches * width)
     grid = (items, triton.cdiv(n_patches, tile.block_p), triton.cdiv(width, tile.span))
     grad_image_kernel[grid](
-        text, tuple(plans[0]), tuple(plans[1]), order, bounds, grads, *chosen, out,
+        text, tuple(plan.text), tuple(plan.image), plan.order, plan.bounds, grads, *chosen, out,
         n_texts, n_images, n_bags, n_patches, width // unit, pieces,
         text.stride(0) // unit, text.stride(1) // unit,
         UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n,
         SLOT=tiles.SMALLEST_SLOT if classes else slot, CLASSES=classes, SPAN=tile.span,
         WHOLE=width % tile.span == 0, CUT=pieces > 1, ADD=add,
-        **_flags(grads, text, image, plans, chosen, settings),
+        **_flags(grads, text, image, plan, chosen, settings),
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip

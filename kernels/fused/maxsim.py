@@ -31,8 +31,15 @@ Patches are the rows (M) and bags the columns (N) of every matrix product::
 import triton
 import triton.language as tl
 from bagformer.kernels.primitives import nan_max, reduce_max
+from bagformer.kernels.reductions import (
+    best_bags,
+    best_patches,
+    flush_patches,
+    fold_sums,
+    sum_over_bags,
+    with_hole,
+)
 
-NOWHERE = tl.constexpr(2147483647)
 SIZES = ["n_texts", "n_images", "n_bags", "n_patches"]
 
 
@@ -112,83 +119,27 @@ def claim_texts(
 
 
 @triton.jit
-def best_bags(
-    tile, count,
-    BLOCK_P: tl.constexpr, GROUP: tl.constexpr, SLOT: tl.constexpr, ARGMAX: tl.constexpr
+def claim_columns(
+    first, end, order, plan, n_bags, text_stride, bag_stride,
+    BLOCK_N: tl.constexpr, SLOT: tl.constexpr, ORDERED: tl.constexpr, MASKED: tl.constexpr
 ):  # fmt: skip
-    """Maximum over each slot's bags [BLOCK_P, GROUP], and the slot's column that reached it."""
-    cube = tl.reshape(tile, (BLOCK_P, GROUP, SLOT))
-    best = reduce_max(cube, 2)
-    pick = tl.zeros((BLOCK_P, GROUP), tl.int32)
-    if ARGMAX:
-        col = tl.arange(0, SLOT)[None, None, :]
-        pick = tl.min(tl.where(cube == best[:, :, None], col, NOWHERE), 2)
-        pick = tl.minimum(pick, tl.maximum(count - 1, 0)[None, :])
-    return best, pick
+    """For each column: its text, whether its bag counts, that bag, and where its features lie."""
+    owner, keep, count = claim_texts(
+        first, end, order, plan[1], n_bags, BLOCK_N, SLOT, ORDERED, MASKED
+    )
+    bag = tl.arange(0, BLOCK_N) % SLOT
+    keep = keep & (bag < count)
+    bag = tl.maximum(tl.minimum(bag, count - 1), 0)
+    if MASKED:
+        bag = tl.load(plan[0] + owner * n_bags + bag)
+    return owner, keep, bag, owner * text_stride + bag.to(tl.int64) * bag_stride
 
 
 @triton.jit
-def fold_sums(best, keep, BLOCK_P: tl.constexpr, GROUP: tl.constexpr):
-    """Sums of rows r and r + 8 that count [BLOCK_P / 16, 8, GROUP]."""
-    best = tl.where(keep[:, None], best, 0.0)
-    return tl.sum(tl.reshape(best, (BLOCK_P // 16, 2, 8, GROUP)), 1)
-
-
-@triton.jit
-def best_patches(
-    tile, run, place, first,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, ARGMAX: tl.constexpr
-):  # fmt: skip
-    """Fold rows r and r + 8 of the tile into the running maximum [BLOCK_P / 16, 8, BLOCK_N]."""
-    pairs = tl.reshape(tile, (BLOCK_P // 16, 2, 8, BLOCK_N))
-    if ARGMAX:
-        upper, lower = tl.split(tl.permute(pairs, (0, 2, 3, 1)))
-        place = tl.where(upper > run, first, place)
-        run = nan_max(run, upper)
-        place = tl.where(lower > run, first + 8, place)
-        run = nan_max(run, lower)
-    else:
-        run = nan_max(run, reduce_max(pairs, 1))
-    return run, place
-
-
-@triton.jit
-def flush_patches(
-    run, place, length, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, ARGMAX: tl.constexpr
-):
-    """Reduce the running maximum across rows: [BLOCK_N] maxima, and the patch position of each."""
-    rows = tl.reshape(run, (BLOCK_P // 2, BLOCK_N))
-    best = reduce_max(rows, 0)
-    pick = tl.zeros((BLOCK_N,), tl.int32)
-    if ARGMAX:
-        group = tl.arange(0, BLOCK_P // 16)[:, None, None] * 16
-        place = place + (group + tl.arange(0, 8)[None, :, None])
-        place = tl.reshape(place, (BLOCK_P // 2, BLOCK_N))
-        pick = tl.min(tl.where(rows == best[None, :], place, NOWHERE), 0)
-        pick = tl.minimum(pick, length - 1)
-    return best, pick
-
-
-@triton.jit
-def with_hole(pick, best, hole, has_hole):
-    """The winner's index where a masked token, ``hole`` the first, competes with similarity 0."""
-    tied = tl.where(best == 0.0, tl.minimum(pick, hole), pick)
-    return tl.where(has_hole, tl.where(best < 0.0, hole, tied), pick)
-
-
-@triton.jit
-def sum_over_bags(
-    best, keep, count, length, n_patches,
-    GROUP: tl.constexpr, SLOT: tl.constexpr, ZERO: tl.constexpr, MEAN: tl.constexpr
-):  # fmt: skip
-    """Each text's sum of its bags' maxima [GROUP]."""
-    if ZERO:
-        best = nan_max(best, tl.where(length < n_patches, 0.0, float("-inf")))
-    best = tl.where(keep & (length > 0), best, 0.0)
-    total = tl.sum(tl.reshape(best, (GROUP, SLOT)), 1)
-    if MEAN:
-        total = total / tl.maximum(count, 1)
-    return total
+def places_in_class(program, bounds, RANK: tl.constexpr, GROUP: tl.constexpr):
+    """First place of a program's texts, the end of class RANK, and how many programs that takes."""
+    start, end = tl.load(bounds + 4 * RANK), tl.load(bounds + 4 * RANK + 1)
+    return start + program * GROUP, end, tl.cdiv(end - start, GROUP)
 
 
 @triton.jit
@@ -320,48 +271,36 @@ def stream_image(
     return best, pick, tl.sum(tl.reshape(sums, (BLOCK_P // 2, GROUP)), 0), length
 
 
-# a kernel is compiled for a width and its strides, never again for another batch
-@triton.jit(do_not_specialize=[*SIZES, "images_per_program", "left"])
-def maxsim_forward_kernel(
-    text, image, text_plan, image_plan, order, bounds,
-    text_to_image, image_to_text, text_argmax, image_argmax,
-    n_texts, n_images, n_bags, n_patches, width, images_per_program, left,
-    text_stride, bag_stride, list_stride, image_stride, patch_stride,
+@triton.jit
+def _score_texts(
+    first, end, order, sides, plans, outputs, sizes, run, left, strides,
     UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
     SHAPE: tl.constexpr, ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr,
     ZERO: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr, SHARED: tl.constexpr,
     WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, ARGMAX: tl.constexpr
 ):  # fmt: skip
-    """Scores of the texts of axis 0 with the images of axis 1; ``width`` and strides in UNITs.
-
-    CANDIDATES: the one text of axis 0 has a list of images of its own, ``list_stride`` apart.
-    """
+    """All that a program does: texts from place ``first`` on, before ``end``, and its images."""
     GROUP: tl.constexpr = BLOCK_N // SLOT
-    first, end = tl.program_id(0) * GROUP, n_texts
-    if ORDERED:
-        first, end = first + tl.load(bounds), tl.load(bounds + 1)
-    if first >= end:
-        return
+    text, image = sides
+    text_plan, image_plan = plans
+    text_to_image, image_to_text, text_argmax, image_argmax = outputs
+    n_texts, n_images, n_bags, n_patches, width = sizes
+    text_stride, bag_stride, list_stride, image_stride, patch_stride = strides
     owner, live, count = claim_texts(
         first, end, order, text_plan[1], n_bags, GROUP, 1, ORDERED, TEXT_MASK)  # fmt: skip
-    col_owner, col_keep, col_count = claim_texts(
-        first, end, order, text_plan[1], n_bags, BLOCK_N, SLOT, ORDERED, TEXT_MASK)  # fmt: skip
-    bag = tl.arange(0, BLOCK_N) % SLOT
-    col_keep = col_keep & (bag < col_count)
-    bag = tl.maximum(tl.minimum(bag, col_count - 1), 0)
-    if TEXT_MASK:
-        bag = tl.load(text_plan[0] + col_owner * n_bags + bag)
+    col_owner, col_keep, bag, bags = claim_columns(
+        first, end, order, text_plan, n_bags, text_stride, bag_stride,
+        BLOCK_N, SLOT, ORDERED, TEXT_MASK)  # fmt: skip
     width, image_stride, patch_stride = width * UNIT, image_stride * UNIT, patch_stride * UNIT
-    bags = (col_owner * text_stride + bag.to(tl.int64) * bag_stride) * UNIT
-    features = resident(text, bags, width, SHAPE)
+    features = resident(text, bags * UNIT, width, SHAPE)
     floor = tl.where(count < n_bags, 0.0, float("-inf"))
     texts = owner, live, count, floor, n_bags, text_plan
     list_item = tl.zeros((), tl.int64)
     if CANDIDATES:
         list_item = tl.cast(first, tl.int64) * n_images
         image += tl.cast(first, tl.int64) * (list_stride * UNIT)
-    start = tl.program_id(1) * images_per_program
-    stop = tl.minimum(start + images_per_program, n_images)
+    start = tl.program_id(1) * run
+    stop = tl.minimum(start + run, n_images)
     leftovers = (0, 0)
     if SHARED:
         leftovers = gather_leftovers(
@@ -392,3 +331,43 @@ def maxsim_forward_kernel(
                 best, col_keep, count, length, n_patches, GROUP, SLOT, ZERO and IMAGE_MASK, MEAN
             )
             tl.store(text_to_image + owner * n_images + i, total, mask=live)
+
+
+# a kernel is compiled for a width and its strides, never again for another batch
+@triton.jit(do_not_specialize=[*SIZES, "images_per_program", "left"])
+def maxsim_forward_kernel(
+    text, image, text_plan, image_plan, order, bounds,
+    text_to_image, image_to_text, text_argmax, image_argmax,
+    n_texts, n_images, n_bags, n_patches, width, images_per_program, left,
+    text_stride, bag_stride, list_stride, image_stride, patch_stride,
+    UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
+    SHAPE: tl.constexpr, RANKS: tl.constexpr, TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr,
+    ZERO: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr, SHARED: tl.constexpr,
+    WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, ARGMAX: tl.constexpr
+):  # fmt: skip
+    """Scores of the texts of axis 0 with the images of axis 1; ``width`` and strides in UNITs.
+
+    BLOCK_N, SLOT, SHARED: one of each for every slot class in RANKS, the classes whose texts this
+    launch scores; without RANKS one for all texts. CANDIDATES: the one text of axis 0 has a list of
+    images of its own, ``list_stride`` apart.
+    """
+    sides, plans = (text, image), (text_plan, image_plan)
+    outputs = text_to_image, image_to_text, text_argmax, image_argmax
+    sizes = n_texts, n_images, n_bags, n_patches, width
+    strides = text_stride, bag_stride, list_stride, image_stride, patch_stride
+    program = tl.program_id(0)
+    if len(RANKS) == 0:
+        _score_texts(
+            program * (BLOCK_N[0] // SLOT[0]), n_texts, order, sides, plans, outputs, sizes,
+            images_per_program, left, strides, UNIT, BLOCK_P, BLOCK_N[0], SLOT[0], SHAPE, False,
+            TEXT_MASK, IMAGE_MASK, ZERO, MEAN, CANDIDATES, SHARED[0], WANTS_TEXT, WANTS_IMAGE,
+            ARGMAX)  # fmt: skip
+    for c in tl.static_range(len(RANKS)):
+        first, end, programs = places_in_class(program, bounds, RANKS[c], BLOCK_N[c] // SLOT[c])
+        if (program >= 0) & (program < programs):
+            _score_texts(
+                first, end, order, sides, plans, outputs, sizes,
+                images_per_program, left, strides, UNIT, BLOCK_P, BLOCK_N[c], SLOT[c], SHAPE, True,
+                TEXT_MASK, IMAGE_MASK, ZERO, MEAN, CANDIDATES, SHARED[c], WANTS_TEXT, WANTS_IMAGE,
+                ARGMAX)  # fmt: skip
+        program -= programs

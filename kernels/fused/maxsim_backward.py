@@ -25,7 +25,8 @@ and a tile feeds the matrix units as if it were dense: that beats gathering rows
 
 import triton
 import triton.language as tl
-from bagformer.kernels.maxsim import SIZES
+from bagformer.kernels.maxsim import SIZES, places_in_class
+from bagformer.kernels.scales import SWEEP, scale_for_image, scale_for_texts
 from bagformer.kernels.selection import (
     chosen_bags,
     chosen_by_image,
@@ -34,28 +35,6 @@ from bagformer.kernels.selection import (
     slopes_of_bags,
     slopes_of_patches,
 )
-
-SWEEP = tl.constexpr(256)
-
-
-@triton.jit
-def _power_of_two(largest):
-    """Scale that brings ``largest`` to about 2**10, and its inverse; both powers of two."""
-    exponent = (largest.to(tl.int32, bitcast=True) >> 23) & 255
-    field = tl.minimum(tl.maximum(264 - exponent, 1), 253)
-    scale = (field << 23).to(tl.float32, bitcast=True)
-    return scale, ((254 - field) << 23).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _largest(grad, base, stride, n, COUNT: tl.constexpr):
-    """Largest absolute value over COUNT rows of n values each, ``stride`` apart."""
-    most = tl.zeros((COUNT, SWEEP), tl.float32)
-    for first in range(0, n, SWEEP):
-        place = first + tl.arange(0, SWEEP)
-        at = grad + base[:, None] + place.to(tl.int64)[None, :] * stride
-        most = tl.maximum(most, tl.abs(tl.load(at, mask=(place < n)[None, :], other=0.0)))
-    return tl.max(tl.max(most, 1), 0)
 
 
 @triton.jit
@@ -131,25 +110,28 @@ def _store(
         tl.store(out, value, mask=inside)
 
 
-@triton.jit(do_not_specialize=SIZES)
-def grad_text_kernel(
-    image, text_plan, image_plan, order, bounds, grads, text_argmax, image_argmax, grad_text,
-    n_texts, n_images, n_bags, n_patches, width, pieces, list_stride, image_stride, patch_stride,
-    UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
-    SPAN: tl.constexpr, WHOLE: tl.constexpr, CUT: tl.constexpr,
-    ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr,
-    IMAGE_MASK: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr,
-    TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr,
+@triton.jit
+def _store_zeros(rows, empty, span, width, ROWS: tl.constexpr, SPAN: tl.constexpr):
+    """Write zeros into the rows of tokens that do not count."""
+    col = span + tl.arange(0, SPAN)
+    out = rows[:, None] + col[None, :]
+    tl.store(out, tl.zeros((ROWS, SPAN), tl.float32), mask=empty[:, None] & (col < width)[None, :])
+
+
+@triton.jit
+def _grad_of_texts(
+    first, end, sides, plans, order, grads, winners, grad_text, sizes, pieces, strides,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
+    SPAN: tl.constexpr, WHOLE: tl.constexpr, CUT: tl.constexpr, ORDERED: tl.constexpr,
+    TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr, MEAN: tl.constexpr,
+    CANDIDATES: tl.constexpr, TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr,
     PRECISION: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr
 ):  # fmt: skip
-    """Gradient of the texts of program axis 0, features of axis 1; see the module's docstring."""
-    width, patch_stride = width * UNIT, patch_stride * UNIT
+    """All that a program does for the pieces of texts from place ``first`` on, before ``end``."""
     GROUP: tl.constexpr = BLOCK_N // SLOT
-    first, end = tl.program_id(0) * GROUP, n_texts * pieces
-    if ORDERED:
-        first, end = first + tl.load(bounds), tl.load(bounds + 1)
-    if first >= end:
-        return
+    text_plan, image_plan = plans
+    n_texts, n_images, n_bags, _, width = sizes
+    list_stride, image_stride, patch_stride = strides
     texts = _bags_of(
         first, end, text_plan, order, n_bags, pieces, BLOCK_N, SLOT, CUT,
         ORDERED, TEXT_MASK, WIDE)  # fmt: skip
@@ -158,24 +140,81 @@ def grad_text_kernel(
         ORDERED, TEXT_MASK, WIDE)  # fmt: skip
     scale, unscale = 1.0, 1.0
     if SCALED:
-        scale, unscale = _scale_for_texts(
+        scale, unscale = scale_for_texts(
             grads, group, n_texts, n_images, GROUP, CANDIDATES, TO_IMAGE, TO_TEXT)  # fmt: skip
     span = tl.program_id(1) * SPAN
-    sizes = n_texts, n_images, n_bags, n_patches, width
-    winners = grads[0], grads[1], text_argmax, image_argmax
     alone = tl.cast(0, tl.int64)
     if CANDIDATES:
         alone = tl.cast(first // pieces, tl.int64)
-    images = image + alone * (list_stride * UNIT), image_plan, alone * n_images
-    strides = image_stride * UNIT, patch_stride
+    images = sides + alone * list_stride, image_plan, alone * n_images
     total = tl.zeros((BLOCK_N, SPAN), tl.float32)
     total = _stream_images(
-        total, images, strides, winners, texts, group, scale, span, sizes, BLOCK_P, BLOCK_N,
-        SLOT, SPAN, WHOLE, IMAGE_MASK, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT, PACKED,
-        PRECISION)  # fmt: skip
-    owner, bag, keep, _ = texts
-    rows = grad_text + (owner.to(tl.int64) * n_bags + bag) * width
-    _store(rows, keep, total, unscale, span, width, BLOCK_N, SPAN, False)
+        total, images, (image_stride, patch_stride), winners, texts, group, scale, span, sizes,
+        BLOCK_P, BLOCK_N, SLOT, SPAN, WHOLE, IMAGE_MASK, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT,
+        PACKED, PRECISION)  # fmt: skip
+    owner, bag, keep, count = texts
+    base = grad_text + owner.to(tl.int64) * n_bags * width
+    _store(base + bag.to(tl.int64) * width, keep, total, unscale, span, width, BLOCK_N, SPAN, False)
+    if TEXT_MASK:
+        _zero_masked_bags(
+            base, first, end, text_plan, owner, count, n_bags, pieces, span, width,
+            BLOCK_N, SLOT, SPAN, CUT)  # fmt: skip
+
+
+@triton.jit
+def _zero_masked_bags(
+    base, first, end, plan, owner, count, n_bags, pieces, span, width,
+    BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SPAN: tl.constexpr, CUT: tl.constexpr
+):  # fmt: skip
+    """Zeros for the masked bags of a program's texts, which stand in the plan after the others.
+
+    A piece of a text has its own; a text of a class of slots may have more than its slot.
+    """
+    col = tl.arange(0, BLOCK_N)
+    place, position = first + col // SLOT, col % SLOT
+    rounds = tl.cdiv(n_bags, SLOT)
+    if CUT:
+        position += (place % pieces) * SLOT
+        rounds = 1
+    for _ in range(rounds):
+        empty = (place < end) & (position >= count) & (position < n_bags)
+        bag = tl.load(plan[0] + owner * n_bags + position, mask=empty, other=0)
+        _store_zeros(base + bag.to(tl.int64) * width, empty, span, width, BLOCK_N, SPAN)
+        position += SLOT
+
+
+@triton.jit(do_not_specialize=SIZES)
+def grad_text_kernel(
+    image, text_plan, image_plan, order, bounds, grads, text_argmax, image_argmax, grad_text,
+    n_texts, n_images, n_bags, n_patches, width, pieces, list_stride, image_stride, patch_stride,
+    UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
+    SPAN: tl.constexpr, WHOLE: tl.constexpr, CUT: tl.constexpr, RANKS: tl.constexpr,
+    TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr, MEAN: tl.constexpr,
+    CANDIDATES: tl.constexpr, TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr,
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr
+):  # fmt: skip
+    """Gradient of the texts of program axis 0, features of axis 1; see the module's docstring.
+
+    BLOCK_N and SLOT: as in ``maxsim_forward_kernel`` one for each class in RANKS.
+    """
+    plans, winners = (text_plan, image_plan), (grads[0], grads[1], text_argmax, image_argmax)
+    sizes = n_texts, n_images, n_bags, n_patches, width * UNIT
+    strides = list_stride * UNIT, image_stride * UNIT, patch_stride * UNIT
+    program = tl.program_id(0)
+    if len(RANKS) == 0:
+        _grad_of_texts(
+            program * (BLOCK_N[0] // SLOT[0]), n_texts * pieces, image, plans, order, grads,
+            winners, grad_text, sizes, pieces, strides, BLOCK_P, BLOCK_N[0], SLOT[0], SPAN, WHOLE,
+            CUT, False, TEXT_MASK, IMAGE_MASK, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT, SCALED,
+            PRECISION, WIDE, PACKED)  # fmt: skip
+    for c in tl.static_range(len(RANKS)):
+        first, end, programs = places_in_class(program, bounds, RANKS[c], BLOCK_N[c] // SLOT[c])
+        if (program >= 0) & (program < programs):
+            _grad_of_texts(
+                first, end, image, plans, order, grads, winners, grad_text, sizes, pieces, strides,
+                BLOCK_P, BLOCK_N[c], SLOT[c], SPAN, WHOLE, CUT, True, TEXT_MASK, IMAGE_MASK, MEAN,
+                CANDIDATES, TO_IMAGE, TO_TEXT, SCALED, PRECISION, WIDE, PACKED)  # fmt: skip
+        program -= programs
 
 
 @triton.jit
@@ -265,12 +304,17 @@ def grad_image_kernel(
     item = tl.program_id(0).to(tl.int64)
     length = tl.load(image_plan[1] + item) if IMAGE_MASK else n_patches
     position = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
+    if IMAGE_MASK and not ADD:
+        empty = (position >= length) & (position < n_patches)
+        patch = tl.load(image_plan[0] + item * n_patches + position, mask=empty, other=0)
+        rows = grad_image + (item * n_patches + patch) * width
+        _store_zeros(rows, empty, tl.program_id(2) * SPAN, width, BLOCK_P, SPAN)
     if tl.program_id(1) * BLOCK_P >= length:
         return
     patch, there = _patches_of(position, item, image_plan, length, n_patches, IMAGE_MASK)
     scale, unscale = 1.0, 1.0
     if SCALED:
-        scale, unscale = _scale_for_image(
+        scale, unscale = scale_for_image(
             grads, item, n_texts, n_images, CANDIDATES, TO_IMAGE, TO_TEXT)  # fmt: skip
     total = tl.zeros((BLOCK_P, SPAN), tl.float32)
     span = tl.program_id(2) * SPAN
@@ -353,39 +397,3 @@ def _stream_texts(
             CUT, ORDERED, MASKED, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT, WIDE)  # fmt: skip
         total = tl.dot(chosen, rows, total, input_precision=PRECISION)
     return total
-
-
-@triton.jit
-def _scale_for_texts(
-    grads, group, n_texts, n_images,
-    GROUP: tl.constexpr, CANDIDATES: tl.constexpr, TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr
-):  # fmt: skip
-    largest = 0.0
-    if TO_IMAGE:
-        largest = _largest(grads[0], group.to(tl.int64) * n_images, 1, n_images, GROUP)
-    if TO_TEXT and CANDIDATES:
-        base = group.to(tl.int64) * n_images
-        largest = tl.maximum(largest, _largest(grads[1], base, 1, n_images, GROUP))
-    elif TO_TEXT:
-        largest = tl.maximum(largest, _largest(grads[1], group, n_texts, n_images, GROUP))
-    return _power_of_two(largest)
-
-
-@triton.jit
-def _scale_for_image(
-    grads, item, n_texts, n_images,
-    CANDIDATES: tl.constexpr, TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr
-):  # fmt: skip
-    largest = 0.0
-    base = item + tl.zeros((1,), tl.int64)
-    if CANDIDATES:
-        if TO_IMAGE:
-            largest = _largest(grads[0], base, 1, 1, 1)
-        if TO_TEXT:
-            largest = tl.maximum(largest, _largest(grads[1], base, 1, 1, 1))
-    else:
-        if TO_IMAGE:
-            largest = _largest(grads[0], base, n_images, n_texts, 1)
-        if TO_TEXT:
-            largest = tl.maximum(largest, _largest(grads[1], base * n_texts, 1, n_texts, 1))
-    return _power_of_two(largest)

@@ -16,19 +16,19 @@ dequantized copy in float32.
 import torch
 import triton
 import triton.language as tl
+from bagformer.kernels import plan as planning
 from bagformer.kernels import scoring, tiles
 from bagformer.kernels.maxsim import (
     SIZES,
-    best_bags,
-    best_patches,
+    claim_columns,
     claim_texts,
-    flush_patches,
     load_rows,
+    places_in_class,
     resident,
-    sum_over_bags,
 )  # fmt: skip
-from bagformer.kernels.plan import NOTHING, Tokens, compact_both
+from bagformer.kernels.plan import NOTHING, Plan
 from bagformer.kernels.primitives import nan_max
+from bagformer.kernels.reductions import best_bags, best_patches, flush_patches, sum_over_bags
 from torch import Tensor
 
 INT8, FP8_NATIVE, FP8_BITS = 0, 1, 2
@@ -113,38 +113,31 @@ def stream_quantized(
     return best, tl.sum(sums, 0), length
 
 
-@triton.jit(do_not_specialize=[*SIZES, "images_per_program"])
-def maxsim_quantized_kernel(
-    text, image, scales, text_plan, image_plan, order, bounds, text_to_image, image_to_text,
-    n_texts, n_images, n_bags, n_patches, width, images_per_program,
-    text_stride, bag_stride, list_stride, image_stride, patch_stride,
+@triton.jit
+def _score_quantized(
+    first, end, order, sides, plans, outputs, sizes, run, strides,
     UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
     SHAPE: tl.constexpr, FORMAT: tl.constexpr, ORDERED: tl.constexpr, TEXT_MASK: tl.constexpr,
     IMAGE_MASK: tl.constexpr, ZERO: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr,
     WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr
 ):  # fmt: skip
-    """As ``maxsim_forward_kernel``, without indices; ``scales`` are contiguous."""
+    """All that a program does: texts from place ``first`` on, before ``end``, and its images."""
     GROUP: tl.constexpr = BLOCK_N // SLOT
-    first, end = tl.program_id(0) * GROUP, n_texts
-    if ORDERED:
-        first, end = first + tl.load(bounds), tl.load(bounds + 1)
-    if first >= end:
-        return
+    text, image, scales = sides
+    text_plan, image_plan = plans
+    text_to_image, image_to_text = outputs
+    n_texts, n_images, n_bags, n_patches, width = sizes
+    text_stride, bag_stride, list_stride, image_stride, patch_stride = strides
     owner, live, count = claim_texts(
         first, end, order, text_plan[1], n_bags, GROUP, 1, ORDERED, TEXT_MASK)  # fmt: skip
-    col_owner, col_keep, col_count = claim_texts(
-        first, end, order, text_plan[1], n_bags, BLOCK_N, SLOT, ORDERED, TEXT_MASK)  # fmt: skip
-    bag = tl.arange(0, BLOCK_N) % SLOT
-    col_keep = col_keep & (bag < col_count)
-    bag = tl.maximum(tl.minimum(bag, col_count - 1), 0)
-    if TEXT_MASK:
-        bag = tl.load(text_plan[0] + col_owner * n_bags + bag)
+    _, col_keep, _, bags = claim_columns(
+        first, end, order, text_plan, n_bags, text_stride, bag_stride,
+        BLOCK_N, SLOT, ORDERED, TEXT_MASK)  # fmt: skip
     width, patch_stride = width * UNIT, patch_stride * UNIT
-    bags = (col_owner * text_stride + bag.to(tl.int64) * bag_stride) * UNIT
-    features = resident(text, bags, width, SHAPE)
+    features = resident(text, bags * UNIT, width, SHAPE)
     floor = tl.where(count < n_bags, 0.0, float("-inf"))
-    start = tl.program_id(1) * images_per_program
-    for i in range(start, tl.minimum(start + images_per_program, n_images)):
+    start = tl.program_id(1) * run
+    for i in range(start, tl.minimum(start + run, n_images)):
         item, pair = tl.cast(i, tl.int64), tl.cast(i, tl.int64) * n_texts + owner
         base = image + item * (image_stride * UNIT)
         if CANDIDATES:
@@ -165,6 +158,37 @@ def maxsim_quantized_kernel(
                 best, col_keep, count, length, n_patches, GROUP, SLOT, ZERO and IMAGE_MASK, MEAN
             )
             tl.store(text_to_image + owner * n_images + i, total, mask=live)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "images_per_program"])
+def maxsim_quantized_kernel(
+    text, image, scales, text_plan, image_plan, order, bounds, text_to_image, image_to_text,
+    n_texts, n_images, n_bags, n_patches, width, images_per_program,
+    text_stride, bag_stride, list_stride, image_stride, patch_stride,
+    UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
+    SHAPE: tl.constexpr, FORMAT: tl.constexpr, RANKS: tl.constexpr, TEXT_MASK: tl.constexpr,
+    IMAGE_MASK: tl.constexpr, ZERO: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr,
+    WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr
+):  # fmt: skip
+    """As ``maxsim_forward_kernel``, without indices; ``scales`` are contiguous."""
+    sides, plans = (text, image, scales), (text_plan, image_plan)
+    outputs = text_to_image, image_to_text
+    sizes = n_texts, n_images, n_bags, n_patches, width
+    strides = text_stride, bag_stride, list_stride, image_stride, patch_stride
+    program = tl.program_id(0)
+    if len(RANKS) == 0:
+        _score_quantized(
+            program * (BLOCK_N[0] // SLOT[0]), n_texts, order, sides, plans, outputs, sizes,
+            images_per_program, strides, UNIT, BLOCK_P, BLOCK_N[0], SLOT[0], SHAPE, FORMAT, False,
+            TEXT_MASK, IMAGE_MASK, ZERO, MEAN, CANDIDATES, WANTS_TEXT, WANTS_IMAGE)  # fmt: skip
+    for c in tl.static_range(len(RANKS)):
+        first, end, programs = places_in_class(program, bounds, RANKS[c], BLOCK_N[c] // SLOT[c])
+        if (program >= 0) & (program < programs):
+            _score_quantized(
+                first, end, order, sides, plans, outputs, sizes, images_per_program, strides,
+                UNIT, BLOCK_P, BLOCK_N[c], SLOT[c], SHAPE, FORMAT, True,
+                TEXT_MASK, IMAGE_MASK, ZERO, MEAN, CANDIDATES, WANTS_TEXT, WANTS_IMAGE)  # fmt: skip
+        program -= programs
 
 
 def maxsim_quantized_forward(
@@ -197,46 +221,47 @@ def maxsim_quantized_forward(
         outputs.text_to_image.zero_()
         outputs.image_to_text.zero_()
         return outputs
-    plans = compact_both(text_mask, image_mask)
     options = scoring.Options(mask_mode == "zero", mean, "ieee")
+    classes = scoring.slot_classes(text, values, text_mask)
+    plan = planning.make(text, values, (text_mask, image_mask), classes)
+    slot, together = tiles.slot_of(text.shape[1]), text.shape[0]
+    if values.dim() == 4:
+        slot, together = max(slot, tiles.SMALLEST_BLOCK), 1
+    sizes = text.device, text.dtype, text.shape[2]
     sides = text, values, scales.contiguous()
-    for slots in scoring.slot_launches(text, values, plans[0]):
-        _launch(sides, plans, options, outputs, *slots)
+    for slots in scoring.launches(
+        slot, text.shape[0], classes, lambda one: tiles.quantized_tile(*sizes, one, together)
+    ):
+        _launch(sides, plan, options, outputs, slots)
     return outputs
 
 
 def _launch(
     sides: tuple[Tensor, Tensor, Tensor],
-    plans: tuple[Tokens, Tokens],
+    plan: Plan,
     options: scoring.Options,
     outputs: scoring.Outputs,
-    slot: int,
-    order: Tensor | None = None,
-    bounds: Tensor | None = None,
+    slots: scoring.Slots,
 ) -> None:
     text, values, scales = sides
-    candidates = values.dim() == 4
     n_texts, n_bags, width = text.shape
     n_images, n_patches = values.shape[-3:-1]
-    together = 1 if candidates else n_texts
-    tile = tiles.quantized_tile(text.device, text.dtype, width, slot, together)
-    stored = INT8
+    tile, stored = slots.tiles[0], INT8
     if values.dtype == torch.float8_e4m3fn:
         stored = FP8_NATIVE if tiles.converts_fp8(text.device) else FP8_BITS
         values = values.view(torch.uint8)
-    groups = triton.cdiv(n_texts, tile.block_n // slot)
     strides = text.stride(0), text.stride(1), values.stride(0), values.stride(-3), values.stride(-2)
     unit = tiles.common_unit(width, *strides)
-    run = tiles.images_per_program(text.device, groups, n_images, scoring.LARGEST_GRID)
-    maxsim_quantized_kernel[(groups, triton.cdiv(n_images, run))](
-        text, values, scales, tuple(plans[0]), tuple(plans[1]), order, bounds, *outputs[:2],
-        n_texts, n_images, n_bags, n_patches, width // unit, run,
+    run = tiles.images_per_program(text.device, slots.groups, n_images, scoring.LARGEST_GRID)
+    maxsim_quantized_kernel[(slots.groups, triton.cdiv(n_images, run))](
+        text, values, scales, tuple(plan.text), tuple(plan.image), plan.order, plan.bounds,
+        *outputs[:2], n_texts, n_images, n_bags, n_patches, width // unit, run,
         *(stride // unit for stride in strides),
-        UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, SLOT=slot,
+        UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=slots.columns, SLOT=slots.slots,
         SHAPE=(tile.head, tile.tail, tile.step, tile.covers(width), options.precision),
-        FORMAT=stored, ORDERED=order is not None, TEXT_MASK=plans[0] is not NOTHING,
-        IMAGE_MASK=plans[1] is not NOTHING, ZERO=options.zero, MEAN=options.mean,
-        CANDIDATES=candidates, WANTS_TEXT=outputs.text_to_image.numel() > 0,
+        FORMAT=stored, RANKS=slots.ranks, TEXT_MASK=plan.text is not NOTHING,
+        IMAGE_MASK=plan.image is not NOTHING, ZERO=options.zero, MEAN=options.mean,
+        CANDIDATES=values.dim() == 4, WANTS_TEXT=outputs.text_to_image.numel() > 0,
         WANTS_IMAGE=outputs.image_to_text.numel() > 0,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip

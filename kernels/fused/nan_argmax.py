@@ -8,7 +8,8 @@ NaN: one program owns PAIRS pairs, and leaves after reading their scores if they
 
 import triton
 import triton.language as tl
-from bagformer.kernels.maxsim import NOWHERE, SIZES, similarity
+from bagformer.kernels.maxsim import SIZES, similarity
+from bagformer.kernels.reductions import NOWHERE
 
 BLOCK = tl.constexpr(16)
 

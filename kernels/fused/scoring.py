@@ -1,22 +1,23 @@
 """Launches the scoring kernel: allocates, plans, picks tiles. Checks nothing; the ops do that.
 
-Nothing here waits for the device: sizes come from shapes, masks are digested by kernels of plan.py,
-and texts are sorted into slots of 8, 16, 32 ... columns on the device (see ``slot_launches``).
+Nothing here waits for the device: sizes come from shapes, masks are digested by the kernel of
+plan.py, and texts are sorted into slots of 8, 16, 32 ... columns on the device (``slot_classes``).
 """
 
-from collections.abc import Iterator
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import triton
+from bagformer.kernels import plan as planning
 from bagformer.kernels import tiles
 from bagformer.kernels.maxsim import maxsim_forward_kernel
 from bagformer.kernels.nan_argmax import nan_argmax_kernel
-from bagformer.kernels.plan import NOTHING, Tokens, bucket, compact_both
+from bagformer.kernels.plan import NOTHING, Plan
 from torch import Tensor
 
 LONGEST_SLOT = 128  # a text of more bags is cut into pieces of this many
-SORTED_PAIRS = 1 << 16  # with fewer pairs, a launch for each slot costs more than emptier tiles
+SORTED_PAIRS = 1 << 16  # with fewer pairs, a device is not full, and emptier tiles cost nothing
 PAIRS_LOOKED_OVER = 1024  # by one program of the kernel that mends the indices of NaN maxima
 LARGEST_GRID = 65535  # CUDA's limit on program axis 1
 
@@ -79,6 +80,7 @@ def maxsim_forward(
     mean: bool = False,
     want_argmax: bool = False,
     precision: str = "ieee",
+    held: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """``text_to_image``, ``image_to_text``, ``text_argmax``, ``image_argmax`` of the contract.
 
@@ -88,6 +90,7 @@ def maxsim_forward(
         text_mask: bool ``[Nt, N]``; ``image_mask`` bool ``[Ni, P]`` or ``[Nt, K, P]``.
         mask_mode: ``"exclude"`` or ``"zero"``.
         precision: of float32 products: ``"ieee"``, ``"tf32"`` or ``"bf16"``.
+        held: int32 of ``plan.size``; left as ``maxsim_backward`` takes it.
 
     What is not wanted comes back empty with its rank. Indices have ``index_dtype`` of what they
     point at, -1 (255 in uint8) for none. One image must span fewer than 2**31 elements.
@@ -101,98 +104,126 @@ def maxsim_forward(
         outputs.image_to_text.zero_()
         for index in outputs[2:]:
             _fill_none(index)
+        if held is not None:
+            held.zero_()
         return outputs
-    options = Options(mask_mode == "zero", mean, precision)
-    if text.shape[1] > LONGEST_SLOT:
-        _forward_in_pieces(text, image, (text_mask, image_mask), options, outputs)
-    else:
-        _forward(text, image, (text_mask, image_mask), options, outputs)
+    masks, options = (text_mask, image_mask), Options(mask_mode == "zero", mean, precision)
+    if text.shape[1] <= LONGEST_SLOT:
+        _forward(text, image, masks, options, outputs, held)
+        return outputs
+    _forward_in_pieces(text, image, masks, options, outputs)
+    if held is not None:
+        planning.make(text, image, masks, held=held)
     return outputs
 
 
-def _forward(text, image, masks, options: Options, outputs: Outputs) -> None:
-    plans = compact_both(*masks)
-    for index, mask in zip(outputs[2:], masks, strict=True):
-        if mask is not None:
-            _fill_none(index)
-    for slots in slot_launches(text, image, plans[0]):
-        _launch(text, image, plans, options, outputs, *slots)
-    if outputs.text_argmax.numel() + outputs.image_argmax.numel() > 0:
-        _mend_nan_indices(text, image, plans, outputs)
+def _forward(text, image, masks, options: Options, outputs: Outputs, held=None) -> None:
+    classes = slot_classes(text, image, masks[0])
+    plan = planning.make(text, image, masks, classes, outputs[2:], held)
+    argmax = outputs.text_argmax.numel() + outputs.image_argmax.numel() > 0
+    both = outputs.text_to_image.numel() > 0 and outputs.image_to_text.numel() > 0
+    odd = (options.zero and masks[0] is not None) or masks[1] is not None or not both
+
+    together, slot = text.shape[0], tiles.slot_of(text.shape[1])
+    if image.dim() == 4:
+        together, slot = 1, max(slot, tiles.SMALLEST_BLOCK)
+
+    def tile_of(slot: int) -> tiles.Tile:
+        return tiles.forward_tile(
+            text.device, text.dtype, text.shape[2], slot, together, options.precision, argmax, odd
+        )
+
+    for slots in launches(slot, text.shape[0], classes, tile_of):
+        _launch(text, image, plan, options, outputs, slots)
+    if argmax:
+        _mend_nan_indices(text, image, plan, outputs)
 
 
-def _mend_nan_indices(text, image, plans, outputs: Outputs) -> None:
+def _mend_nan_indices(text, image, plan: Plan, outputs: Outputs) -> None:
     pairs = text.shape[0] * image.shape[-3]
     nan_argmax_kernel[(triton.cdiv(pairs, PAIRS_LOOKED_OVER),)](
-        text, image, tuple(plans[0]), tuple(plans[1]), *outputs,
+        text, image, tuple(plan.text), tuple(plan.image), *outputs,
         text.shape[0], image.shape[-3], text.shape[1], image.shape[-2], text.shape[2],
         text.stride(0), text.stride(1), image.stride(0), image.stride(-3), image.stride(-2),
-        PAIRS=PAIRS_LOOKED_OVER, TEXT_MASK=plans[0] is not NOTHING,
-        IMAGE_MASK=plans[1] is not NOTHING, CANDIDATES=image.dim() == 4,
+        PAIRS=PAIRS_LOOKED_OVER, TEXT_MASK=plan.text is not NOTHING,
+        IMAGE_MASK=plan.image is not NOTHING, CANDIDATES=image.dim() == 4,
         WANTS_TEXT=outputs.text_argmax.numel() > 0, WANTS_IMAGE=outputs.image_argmax.numel() > 0,
         num_warps=4,
     )  # fmt: skip
 
 
-def slot_launches(
-    text: Tensor, image: Tensor, plan: Tokens
-) -> Iterator[tuple[int, Tensor | None, Tensor | None]]:
-    """Slot, order and bounds of each launch: one, or one for each slot class over its texts.
-
-    How many texts a class holds is known on the device alone, so each launch has programs for all
-    texts, and those past the end of its class leave at once.
-    """
+def slot_classes(text: Tensor, image: Tensor, text_mask: Tensor | None) -> int:
+    """Into how many classes of slots the texts are sorted; 0: they are not."""
     slot = tiles.slot_of(text.shape[1])
     pairs = text.shape[0] * image.shape[-3]
-    if image.dim() == 4:
-        yield max(slot, tiles.SMALLEST_BLOCK), None, None
-    elif plan.counts is None or slot == tiles.SMALLEST_SLOT or pairs < SORTED_PAIRS:
-        yield slot, None, None
-    else:
-        classes = (slot // tiles.SMALLEST_SLOT).bit_length()
-        order, bounds = bucket(plan.counts, classes)
-        for rank in range(classes):
-            yield tiles.SMALLEST_SLOT << rank, order, bounds[rank]
+    alike = slot == tiles.SMALLEST_SLOT or slot > LONGEST_SLOT
+    if image.dim() == 4 or text_mask is None or alike or pairs < SORTED_PAIRS:
+        return 0
+    return (slot // tiles.SMALLEST_SLOT).bit_length()
+
+
+class Slots(NamedTuple):
+    """The slot classes that one launch serves, their slots and tiles, and programs enough for all.
+
+    How many texts a class holds is known on the device alone. ``groups`` programs suffice however
+    the texts are divided; those past the end of the last class leave at once.
+    """
+
+    ranks: tuple[int, ...]
+    slots: tuple[int, ...]
+    tiles: tuple[Any, ...]
+    groups: int
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        return tuple(tile.block_n for tile in self.tiles)
+
+
+def launches(slot: int, n_places: int, classes: int, tile_of: Callable[[int], Any]) -> list[Slots]:
+    """One launch, or, of texts sorted into ``classes``, one for all whose tiles can share one.
+
+    Those differ in nothing but columns: a launch has one number of warps, stages and registers.
+    """
+    if not classes:
+        tile = tile_of(slot)
+        return [Slots((), (slot,), (tile,), triton.cdiv(n_places, tile.block_n // slot))]
+    alike: dict[Any, list[tuple[int, int, Any]]] = {}
+    for rank in range(classes):
+        slot = tiles.SMALLEST_SLOT << rank
+        tile = tile_of(slot)
+        alike.setdefault(tile.frame, []).append((rank, slot, tile))
+    found = []
+    for served in alike.values():
+        ranks, slots, chosen = zip(*served, strict=True)
+        fewest = min(tile.block_n // slot for _, slot, tile in served)
+        groups = triton.cdiv(n_places, fewest) + len(served) - 1
+        found.append(Slots(ranks, slots, chosen, groups))
+    return found
 
 
 def _launch(
-    text: Tensor,
-    image: Tensor,
-    plans: tuple[Tokens, Tokens],
-    options: Options,
-    outputs: Outputs,
-    slot: int,
-    order: Tensor | None = None,
-    bounds: Tensor | None = None,
+    text: Tensor, image: Tensor, plan: Plan, options: Options, outputs: Outputs, slots: Slots
 ) -> None:
-    candidates = image.dim() == 4
     n_texts, n_bags, width = text.shape
     n_images, n_patches = image.shape[-3:-1]
-    argmax = outputs.text_argmax.numel() + outputs.image_argmax.numel() > 0
-    together = 1 if candidates else n_texts
-    floors = options.zero and plans[0] is not NOTHING
-    both = outputs.text_to_image.numel() > 0 and outputs.image_to_text.numel() > 0
-    tile = tiles.forward_tile(
-        text.device, text.dtype, width, slot, together, options.precision, argmax,
-        floors or plans[1] is not NOTHING or not both,
-    )  # fmt: skip
-    groups = triton.cdiv(n_texts, tile.block_n // slot)
+    tile = max(slots.tiles, key=lambda one: one.shares)
     strides = text.stride(0), text.stride(1), image.stride(0), image.stride(-3), image.stride(-2)
     unit = tiles.common_unit(width, *strides)
-    run = tiles.images_per_program(text.device, groups, n_images, LARGEST_GRID)
+    run = tiles.images_per_program(text.device, slots.groups, n_images, LARGEST_GRID)
     left, run = tiles.leftovers(tile, n_patches, run)
-    maxsim_forward_kernel[(groups, triton.cdiv(n_images, run))](
-        text, image, tuple(plans[0]), tuple(plans[1]), order, bounds, *outputs,
+    maxsim_forward_kernel[(slots.groups, triton.cdiv(n_images, run))](
+        text, image, tuple(plan.text), tuple(plan.image), plan.order, plan.bounds, *outputs,
         n_texts, n_images, n_bags, n_patches, width // unit, run, left,
         *(stride // unit for stride in strides),
-        UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n, SLOT=slot,
+        UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=slots.columns, SLOT=slots.slots,
         SHAPE=(tile.head, tile.tail, tile.step, tile.covers(width), options.precision),
-        ORDERED=order is not None, TEXT_MASK=plans[0] is not NOTHING,
-        IMAGE_MASK=plans[1] is not NOTHING, ZERO=options.zero, MEAN=options.mean,
-        CANDIDATES=candidates, SHARED=left > 0, WANTS_TEXT=outputs.text_to_image.numel() > 0,
-        WANTS_IMAGE=outputs.image_to_text.numel() > 0, ARGMAX=argmax,
-        num_warps=tile.warps, num_stages=tile.stages,
-        maxnreg=tile.registers,
+        RANKS=slots.ranks, TEXT_MASK=plan.text is not NOTHING,
+        IMAGE_MASK=plan.image is not NOTHING, ZERO=options.zero, MEAN=options.mean,
+        CANDIDATES=image.dim() == 4, SHARED=tuple(one.shares and left > 0 for one in slots.tiles),
+        WANTS_TEXT=outputs.text_to_image.numel() > 0,
+        WANTS_IMAGE=outputs.image_to_text.numel() > 0,
+        ARGMAX=outputs.text_argmax.numel() + outputs.image_argmax.numel() > 0,
+        num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip
 
 

@@ -31,6 +31,12 @@ class Tile(NamedTuple):
     stages: int
     registers: int | None = None
     shares: bool = False
+    alone: bool = False
+
+    @property
+    def frame(self) -> tuple:
+        """What slot classes that share a launch have in common."""
+        return self._replace(block_n=0, shares=False)
 
     def covers(self, width: int) -> bool:
         """Whether loads need no column mask."""
@@ -65,6 +71,11 @@ class GradientTile(NamedTuple):
     warps: int
     stages: int
     registers: int | None = None
+
+    @property
+    def frame(self) -> tuple:
+        """What slot classes that share a launch have in common."""
+        return self._replace(block_n=0)
 
 
 # With Triton 3.6, images that share a tile cost 2 to 101 spilled instructions.
@@ -125,6 +136,12 @@ FORWARD_INDICES = {
         # as sm_90's slots of 8
         Row(512, 16, 64, 64, 0, 8, 1),
     ),
+}
+# Of sorted texts those in slots of 8 have a launch of their own where the kernel of all classes
+# spills and theirs does not; by whether indices are wanted and whether the launch is ``odd``.
+ALONE = {
+    "sm_80": ((False, False), (False, True), (True, False), (True, True)),
+    "sm_90": ((False, False), (False, True), (True, True)),
 }
 # float32 outside the matrix units: 16 fused multiply-adds a thread and step, 4 programs
 FORWARD_IEEE = Row(ANY, ANY, 32, 64, 16, 4, 1, shares=NEVER)
@@ -250,7 +267,8 @@ def forward_tile(
         stages = 3 if family != "small" else 1
     if step:
         head, tail = 0, 0
-    return Tile(row.block_p, block_n, head, tail, step, warps, stages, registers, shares)
+    alone = slot == SMALLEST_SLOT and (indices, odd) in ALONE.get(family, ())
+    return Tile(row.block_p, block_n, head, tail, step, warps, stages, registers, shares, alone)
 
 
 def converts_fp8(device: torch.device) -> bool:

@@ -53,6 +53,7 @@ void check_gradient(const Case& of, Fail&& fail) {
     call.grad_text = grad_text.view;
     call.grad_image = grad_image.view;
     call.n_threads = 1;
+    call.isa = bagformer::active_isa();
     bagformer::maxsim_backward(call);
 
     std::vector<double> text(grad_text.values.size()), image(grad_image.values.size());

@@ -174,6 +174,7 @@ struct Answer {
         call.zero_mode = of.zero;
         call.mean = of.mean;
         call.n_threads = of.threads;
+        call.isa = bagformer::active_isa();
         bagformer::maxsim_forward(call);
     }
 };

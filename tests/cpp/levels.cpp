@@ -14,6 +14,7 @@
 #include "backward.h"
 #include "calls.h"
 #include "cpu/dispatch.h"
+#include "pool.h"
 
 namespace check {
 
@@ -21,9 +22,12 @@ namespace {
 
 int failures = 0;
 
+void fail(const std::string& level, const std::string& what) {
+    if (++failures <= 20) std::printf("FAILED %s: %s\n", level.c_str(), what.c_str());
+}
+
 void fail(const std::string& level, const Case& of, const std::string& what) {
-    if (++failures <= 20)
-        std::printf("FAILED %s: %s: %s\n", level.c_str(), of.name().c_str(), what.c_str());
+    fail(level, of.name() + ": " + what);
 }
 
 bool same(double a, double b) { return a == b || (a != a && b != b); }
@@ -214,6 +218,7 @@ int check_all() {
         use(level);
         count +=
             check_backward([&](const Case& of, const std::string& what) { fail(level, of, what); });
+        count += check_pools([&](const std::string& what) { fail(level, what); });
     }
     for (const std::string& level : levels()) {
         std::printf("level %s", level.c_str());

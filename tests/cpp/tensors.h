@@ -131,7 +131,10 @@ struct Tensor {
 
     // What a kernel has written: a number, or a winner with -1 (255 in uint8) for none.
     double score(int64_t index) {
-        return view.dtype == DType::f64 ? read<double>(index) : double{read<float>(index)};
+        if (view.dtype == DType::f64) return read<double>(index);
+        if (view.dtype == DType::bf16) return bagformer::widen(read<bagformer::BFloat16>(index));
+        if (view.dtype == DType::f16) return bagformer::widen(read<bagformer::Half>(index));
+        return read<float>(index);
     }
     int64_t winner(int64_t index) {
         if (view.dtype == DType::i32) return read<int32_t>(index);

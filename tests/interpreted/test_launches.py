@@ -44,23 +44,21 @@ def _step(device, kind):
     assert text.grad.any() and image.grad.any()
 
 
+STEP = ["maxsim_forward_kernel", "nan_argmax_kernel", "grad_text_kernel", "grad_image_kernel"]
+
+
 @pytest.mark.parametrize("kind,plans", [("none", 0), ("first_side_all", 1)])
 def test_a_step_takes_at_most_six(device, monkeypatch, launched, kind, plans):
     monkeypatch.setenv("BAGFORMER_BACKEND", "triton")
     _step(device, kind)
-    plan = ["compact_both_kernel"] * plans
-    assert launched == [
-        *plan, "maxsim_forward_kernel", "nan_argmax_kernel",
-        *plan, "grad_text_kernel", "grad_image_kernel",
-    ]  # fmt: skip
-    assert len(launched) <= 6
+    assert launched == ["plan_kernel"] * plans + STEP
 
 
-def test_sorted_texts_take_one_launch_a_slot_class_more(device, monkeypatch, launched):
+def test_sorted_texts_take_no_launch_more(device, monkeypatch, launched):
+    """Where the tiles of their slot classes, 8 and 16 here, differ in columns alone."""
     monkeypatch.setenv("BAGFORMER_BACKEND", "triton")
     monkeypatch.setattr(scoring, "SORTED_PAIRS", 0)
     _step(device, "first_side_all")
-    # slots of 8 and 16
-    assert launched.count("bucket_kernel") == 2
-    assert launched.count("maxsim_forward_kernel") == launched.count("grad_text_kernel") == 2
-    assert len(launched) == 10
+    if INTERPRETED:
+        assert launched == ["plan_kernel", *STEP]
+    assert len(launched) <= 6

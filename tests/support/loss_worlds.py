@@ -12,11 +12,10 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from support.memory import Largest
 from support.models import make_inputs, tiny_model
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from bagformer import BagwiseContrastiveLoss
 from bagformer.losses.collectives import logsumexp_over
@@ -137,23 +136,11 @@ def cached_step_of_model(
     return {"loss": value} | {name: p.grad for name, p in model.named_parameters()}
 
 
-class _Largest(TorchDispatchMode):
-    """Elements of the largest tensor that was made."""
-
-    found = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None):
-        result = function(*args, **(kwargs or {}))
-        made = [value.numel() for value in tree_leaves(result) if isinstance(value, Tensor)]
-        self.found = max([self.found, *made])
-        return result
-
-
 def largest(rank: int, gather: str) -> int:
     """Elements of the largest tensor in a step of 8 texts of 16 bags in each of three processes."""
     case = Case((8, 8, 8), (8, 8, 8), (16, 16, 16), {}, masked=False)
     batch = batches(case)[rank]
-    with _Largest() as seen:
+    with Largest() as seen:
         step(case, batch, gather)
     return seen.found
 
