@@ -19,7 +19,9 @@ SOURCES = [
     ROOT / "tests/cpp/levels.cpp",
 ]
 FLAGS = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", f"-I{ROOT / 'csrc'}"]
-ARM_COMPILER, ARM_MACHINE = "aarch64-linux-gnu-g++", "qemu-aarch64-static"
+ARM_COMPILER = "aarch64-linux-gnu-g++"
+# by its path: run() passes no PATH on
+ARM_MACHINE = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
 # what qemu calls a processor, and the level to be chosen on it
 ARM_PROCESSORS = {"max": "neonbf16", "neoverse-n1": "neondotprod", "cortex-a53": "neon"}
 
@@ -60,7 +62,8 @@ def native(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def arm(tmp_path_factory):
-    missing = [name for name in (ARM_COMPILER, ARM_MACHINE) if shutil.which(name) is None]
+    found = {ARM_COMPILER: shutil.which(ARM_COMPILER), "qemu-aarch64-static": ARM_MACHINE}
+    missing = [name for name, path in found.items() if path is None]
     if missing:
         pytest.skip(
             f"SKIPPED LOUDLY: no {' and no '.join(missing)}; the kernels for 64-bit Arm are not "
