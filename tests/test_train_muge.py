@@ -142,6 +142,26 @@ def test_bad_input_is_one_line(run, place):
     fails("unknown key 'ktest', did you mean 'k_test'", change=("k_test:", "ktest:"))
     fails("k_test: expected a whole number", change=("k_test: 9", "k_test: nine"))
     fails("late_fusion or early_fusion", change=("k_test: 9", "fusion_strategy: middle"))
+    for wrong, message in (
+        ("temp: .inf", "temp: expected a number above 0, got inf"),
+        ("temp: nan", "temp: expected a number above 0, got 'nan'"),
+        ("momentum: 1.5", "momentum: expected a number from 0 to 1, got 1.5"),
+        ("alpha: -1", "alpha: expected a number from 0 to 1, got -1"),
+        ("optimizer: {lr: 0}", "optimizer.lr: expected a number above 0, got 0"),
+        ("optimizer: {lr: 1e999}", "optimizer.lr: expected a number above 0, got inf"),
+        (
+            "optimizer: {weight_decay: true}",
+            "optimizer.weight_decay: expected a number of at least",
+        ),
+        ("schedular: {epochs: 0}", "schedular.epochs: expected a whole number from 1, got 0"),
+        ("schedular: {epochs: 1.5}", "schedular.epochs: expected a whole number from 1, got 1.5"),
+        ("schedular: {min_lr: -1}", "schedular.min_lr: expected a number of at least 0, got -1"),
+        ("queue_size: -1", "queue_size: expected a whole number from 0, got -1"),
+    ):
+        name = wrong.partition(":")[0]
+        there = next((line for line in config.splitlines() if line.startswith(name)), "k_test: 9")
+        fails(message, change=(there, wrong if there.startswith(name) else f"k_test: 9\n{wrong}"))
+    fails("the key 'k_test' occurs twice", change=("k_test: 9", "k_test: 9\nk_test: 8"))
     fails("vision_heads must be given", change=("vision_heads: 2\n", ""))
     fails("valid_query_file: there is no file", change=("/valid/queries", "/none/queries"))
     fails("the config has no valid_image_file", change=(valid_image, ""))
@@ -160,9 +180,10 @@ def test_bad_input_is_one_line(run, place):
 
 
 def test_a_key_that_nothing_reads_is_named(run, place):
-    place.config.write_text(place.config.read_text() + "colour: red\n")
+    text = place.config.read_text().replace("optimizer: {", "optimizer: {nesterov: true, ")
+    place.config.write_text(f"{text}colour: red\n")
     code, _, err = run(*place.arguments)
-    assert code == 0 and "nothing reads colour" in err
+    assert code == 0 and "nothing reads colour, optimizer.nesterov" in err
 
 
 def test_a_bare_vocabulary_lower_cases_as_the_original_does(run, place):

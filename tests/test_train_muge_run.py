@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -145,6 +146,85 @@ def test_an_epoch_that_was_logged_but_not_saved_is_logged_once(place, run, monke
         assert run("out", "--resume")[0] == 0
         lines, last = log_of(place.root / "out")
         assert [line["epoch"] for line in lines] == [0, 1] and last.startswith("best epoch: ")
+
+
+@pytest.fixture
+def begun(place, run, monkeypatch):
+    """The first of two epochs is over."""
+    save = muge.MugeRun._save
+
+    def stop(self, epoch, best):
+        save(self, epoch, best)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(muge.MugeRun, "_save", stop)
+        assert run("out")[0] == 130
+
+
+def test_a_run_goes_on_as_itself_alone(place, run, begun):
+    config = place.config.read_text(encoding="utf-8")
+    train, words = place.root / "train", place.root / "entities.txt"
+
+    def refused(message, *more):
+        result = run("out", "--resume", *more)
+        world.fails_with_one_line(result, 2, "train-muge", message)
+        assert "these differ: " in result[2] and "start a new run with --checkpoint" in result[2]
+        assert result[2].count(" here)") == 1, result[2]
+
+    for old, new, message in (
+        ("lr: 1e-3", "lr: 2e-3", "optimizer.lr (0.001 there, 0.002 here)"),
+        ("batch_size_train: 4", "batch_size_train: 5", "batch_size_train (4 there, 5 here)"),
+        ("epochs: 2", "epochs: 2, warmup_epochs: 1", "schedular.warmup_epochs (0 there, 1 here)"),
+    ):
+        place.config.write_text(config.replace(old, new), encoding="utf-8")
+        refused(message)
+    place.config.write_text(config, encoding="utf-8")
+    refused("--seed (42 there, 7 here)", "--seed", 7)
+    for file, change, message in (
+        (train / "queries.jsonl", _other_text, "queries of the training files"),
+        (train / "imgs.tsv", _other_picture, "pictures of the training files"),
+        (words, lambda raw: raw + "毛\n".encode(), "the dictionary's bags"),
+    ):
+        raw = file.read_bytes()
+        file.write_bytes(change(raw))
+        assert file.read_bytes() != raw
+        refused(message)
+        file.write_bytes(raw)
+    # what only decides how it is run, and how long
+    shutil.copytree(train, place.root / "moved")
+    text = config.replace(str(train), str(place.root / "moved")).replace("epochs: 2", "epochs: 3")
+    text = text.replace("num_workers_train: 0", "num_workers_train: 1").replace(
+        "k_test: 5", "k_test: 4"
+    )
+    place.config.write_text(text, encoding="utf-8")
+    assert run("out", "--resume")[0] == 0
+    assert [line["epoch"] for line in log_of(place.root / "out")[0]] == [0, 1, 2]
+
+
+def _other_text(raw):
+    return raw.replace(b'"query_text": "', b'"query_text": "t', 1)
+
+
+def _other_picture(raw):
+    """Each id gets the picture of the id before."""
+    rows = [line.split(b"\t") for line in raw.splitlines()]
+    return b"".join(row[0] + b"\t" + rows[n - 1][1] + b"\n" for n, row in enumerate(rows))
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_a_best_epoch_of_other_validation_files_is_forgotten(place, run, begun, changed):
+    state = (place.root / "out" / "last").resolve() / "state.json"
+    described = json.loads(state.read_text())
+    described["run"] |= {"best": 99.5, "best_epoch": 0}
+    state.write_text(json.dumps(described))
+    if changed:
+        file = place.root / "valid" / "imgs.tsv"
+        file.write_bytes(_other_picture(file.read_bytes()))
+    assert run("out", "--resume")[0] == 0
+    lines, last = log_of(place.root / "out")
+    assert lines[1]["recall_val_r_mean"] > 0
+    assert last == f"best epoch: {1 if changed else 0}"
 
 
 def test_the_model_learns_what_it_is_shown(place, run):

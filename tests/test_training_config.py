@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 import re
 from pathlib import Path
 
 import pytest
 
-from bagformer.training.config import ConfigError, TrainConfig
+from bagformer.training.config import ConfigError, TrainConfig, _numbers
 from bagformer.training.config_file import dump, from_tree, load
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -84,6 +86,25 @@ def test_defaults_and_a_round_trip(write):
         ("precision: fp16\n", [], "c.yaml:6: precision: expected one of fp32, bf16, got 'fp16'"),
         ("steps: 4\n", [], "epochs: set exactly one of steps and epochs"),
         ("ema: 1\n", [], "ema: expected a number between 0 and 1"),
+        ("optim: {lr: 0}\n", [], "c.yaml:6: optim.lr: expected a number above 0, got 0.0"),
+        ("optim: {eps: 0}\n", [], "optim.eps: expected a number above 0, got 0.0"),
+        ("optim: {betas: [0.9, 1]}\n", [], "optim.betas: expected two or three numbers from 0 to"),
+        ("optim: {betas: [0.9]}\n", [], r"optim.betas: expected two or three .* got \[0.9\]"),
+        ("optim: {betas: [-1, 0.9]}\n", [], "optim.betas: expected two or three numbers from 0 to"),
+        ("threads: 1000000\n", [], "threads: expected at most 1024, got 1000000"),
+        ("augment: {crop: [0.5, 2]}\n", [], "augment.crop: expected two numbers .* up to 1, got"),
+        ("augment: {crop: [0, 0]}\n", [], "augment.crop: expected two numbers in rising order"),
+        ("augment: {ratio: [0, 1]}\n", [], "augment.ratio: expected two numbers in rising order"),
+        (
+            "augment: {rand_augment: {magnitude: 31}}\n",
+            [],
+            "magnitude: expected at most 30, got 31",
+        ),
+        ("start_method: thread\n", [], "start_method: expected one of .* or null, got 'thread'"),
+        ("clip: .inf\n", [], "c.yaml:6: clip: expected a finite number, got inf"),
+        ("optim:\n  lr: 1e999\n", [], "c.yaml:7: optim.lr: expected a finite number, got inf"),
+        ("", ["loss.twc=.inf"], "--set loss.twc=.inf: loss.twc: expected a finite number"),
+        ("optim: {options: {momentum: .inf}}\n", [], "optim.options.momentum: expected a finite"),
         ("augment: {crop: [1, 0.5]}\n", [], "augment.crop: expected two numbers in rising order"),
         ("model: x\n", [], "c.yaml:6: model was already set at .*c.yaml:1"),
         ("a: [1\n", [], "c.yaml:7: not YAML"),
@@ -111,6 +132,48 @@ def test_defaults_and_a_round_trip(write):
 def test_mistakes_name_key_and_place(write, text, changes, message):
     with pytest.raises(ConfigError, match=message):
         load(write(MINIMAL + text), changes)
+
+
+FLOATS = (
+    *("clip", "ema", "optim.lr", "optim.weight_decay", "optim.eps", "schedule.warmup"),
+    *("schedule.warmup_lr", "schedule.min_lr", "loss.twc", "loss.ita", "loss.itm"),
+    *("augment.flip", "augment.rand_augment.probability", "schedule.options.decay_rate"),
+    *("model.cls_temperature", "model.temperature", "model.text_config.hidden_dropout_prob"),
+)
+
+
+@pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
+def test_no_number_may_be_other_than_finite(number):
+    """Also not in a configuration that was no file, where nothing reads YAML."""
+    tree = {
+        "output": "o",
+        "steps": 1,
+        "model": {"embed_dim": 8},
+        "data": {"train": {"queries": "q", "images": "i"}},
+    }
+    from_tree(tree, {})
+    for key in FLOATS:
+        changed = copy.deepcopy(tree)
+        *parents, last = key.split(".")
+        target = changed
+        for parent in parents:
+            target = target.setdefault(parent, {})
+        target[last] = number
+        with pytest.raises(ConfigError, match=f"{key}: expected a finite number, got {number}"):
+            from_tree(changed, {})
+    for key in ("optim.betas", "augment.crop", "augment.ratio"):
+        part, name = key.split(".")
+        with pytest.raises(ConfigError, match=f"{key}: expected a finite number, got {number}"):
+            from_tree({**tree, part: {name: [0.5, number]}}, {})
+
+
+def test_every_number_of_the_configuration_is_known_here():
+    """A new float needs no check of its own, but a place in the list above."""
+    found = {key for key, _ in _numbers(from_tree(
+        {"model": "m", "output": "o", "steps": 1, "clip": 1, "ema": 0.5, "optim": {"eps": 1e-8},
+         "data": {"train": {"queries": "q", "images": "i"}}}, {}), "")}  # fmt: skip
+    lists = {"augment.crop", "augment.ratio"}
+    assert found - lists <= set(FLOATS)
 
 
 def test_what_is_no_configuration(write):

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
+import shutil
 import signal
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from support import training, world
 
+from bagformer.data.muge import MugeImages, write_tsv
 from bagformer.training.checkpoint import CheckpointError, Checkpoints, Snapshot
 from bagformer.training.config import ConfigError
 from bagformer.training.loop import NonFiniteError
@@ -35,6 +39,57 @@ def test_other_data_of_the_same_size_are_no_resumption(ended, place, tmp_path):
         training.make_trainer({**tree, "data": data}, resume=True)
     files["queries"] = str(place.queries)
     assert training.make_trainer({**tree, "data": data}, resume=True).run()["step"] == 8
+
+
+def recoloured(place, path, count=1, **png):
+    """The set's pictures, of which ``count`` from the last are other ones."""
+    images = MugeImages(place.images)
+    rows = [(key, images.encoded(key)) for key in images]
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(file, "PNG", **png)
+    write_tsv(path, [*rows[:-count], *((key, file.getvalue()) for key, _ in rows[-count:])])
+    return path
+
+
+def test_other_pictures_under_the_same_ids_are_no_resumption(ended, place, tmp_path):
+    tree, output = ended
+    before = (output / "log.jsonl").read_text()
+    files = {"queries": str(place.queries), "images": str(recoloured(place, tmp_path / "i.tsv"))}
+    data = {**tree["data"], "train": files}
+    with pytest.raises(ConfigError, match=r"pictures of data\.train \(\w+ there, \w+ here\)"):
+        training.make_trainer({**tree, "data": data}, resume=True)
+    assert (output / "log.jsonl").read_text() == before
+
+
+def test_what_a_resumed_run_may_change(ended, place, tmp_path):
+    tree, _ = ended
+    moved = tmp_path / "moved"
+    shutil.copytree(place.root / "muge", moved / "muge")
+    changes = {"folder": str(moved), "workers": 1, "log": {"every": 1}, "steps": 9, "threads": 2}
+    changes |= {"checkpoint": {"every": 3, "keep": 1}, "valid": {"every": 9, "batch_size": 4}}
+    assert training.make_trainer({**tree, **changes}, resume=True).run()["step"] == 9
+    words = {"dictionary": str(place.dictionary)}
+    with pytest.raises(ConfigError, match=r"processor \(.*entities"):
+        training.make_trainer({**tree, "processor": words}, resume=True)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_other_validation_data_start_the_best_anew(ended, place, tmp_path, changed):
+    """On other pictures a recall is not comparable; on the same ones, elsewhere, it is."""
+    tree, output = ended
+    if changed:
+        images = recoloured(place, tmp_path / "i.tsv", 11)
+    else:
+        images = shutil.copy(place.images, tmp_path / "i.tsv")
+    state = (output / "last").resolve() / "state.json"
+    described = json.loads(state.read_text())
+    described["run"]["best"] = {"value": 99.5, "step": 4}
+    state.write_text(json.dumps(described))
+    valid = {"queries": str(place.queries), "images": str(images)}
+    data = {**tree["data"], "valid": valid}
+    changes = {"steps": 9, "valid": {"every": 9}, "data": data}
+    best = training.make_trainer({**tree, **changes}, resume=True).run()["best"]
+    assert best["step"] == (9 if changed else 4)
 
 
 def test_another_metric_starts_the_best_anew(ended):

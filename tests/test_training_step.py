@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import timm
 import torch
 from support.models import make_inputs, tiny_model
 
@@ -15,7 +16,15 @@ from bagformer.training.config import (
     ScheduleConfig,
     TrainConfig,
 )
-from bagformer.training.optim import Schedule, decays, freeze, make_optimizer, train_mode
+from bagformer.training.optim import (
+    Schedule,
+    decays,
+    freeze,
+    make_optimizer,
+    param_groups,
+    spared_by_timm,
+    train_mode,
+)
 from bagformer.training.step import TrainStep, active_losses, freeze_unreached
 
 
@@ -107,8 +116,9 @@ def test_a_model_without_a_loss_is_refused():
 
 def test_which_parameters_decay():
     model = tiny_model()
+    spared = spared_by_timm(model)
     of = {
-        name: (decays(name, p, "default"), decays(name, p, "original"))
+        name: (decays(name, p, "default", spared), decays(name, p, "original"))
         for name, p in model.named_parameters()
     }
     backbone = "vision_model.backbone."
@@ -121,11 +131,28 @@ def test_which_parameters_decay():
         f"{backbone}pos_embed",
     ):
         assert of[name] == (False, True), name
+    # as transformers' Trainer has it
+    for name in ("word_embeddings", "position_embeddings", "token_type_embeddings"):
+        assert of[f"text_model.embeddings.{name}.weight"] == (True, True), name
     made = make_optimizer(model, OptimConfig(weight_decay=0.3, betas=[0.8, 0.9], eps=1e-7))
     assert [group["weight_decay"] for group in made.param_groups] == [0.3, 0.0]
     assert made.param_groups[0]["betas"] == (0.8, 0.9) and made.param_groups[1]["eps"] == 1e-7
     counted = sum(p.numel() for group in made.param_groups for p in group["params"])
     assert counted == sum(p.numel() for p in model.parameters())
+
+
+def test_timm_says_what_of_a_picture_encoder_is_spared():
+    """Position tables that are not called pos_embed, in a module at any depth."""
+    swin = timm.create_model(
+        "swin_tiny_patch4_window7_224", embed_dim=12, depths=(1, 1), num_heads=(1, 1)
+    )
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), swin)
+    decayed, without = param_groups(model, OptimConfig())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    of = {names[id(one)]: False for one in without["params"]}
+    of |= {names[id(one)]: True for one in decayed["params"]}
+    assert not of["1.layers.0.blocks.0.attn.relative_position_bias_table"]
+    assert of["0.weight"] and of["1.layers.0.blocks.0.attn.qkv.weight"]
 
 
 def test_freezing_by_name_stops_learning_and_dropout():

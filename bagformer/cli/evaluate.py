@@ -29,13 +29,11 @@ from bagformer.cli._common import (
     threads,
     up_to,
 )
+from bagformer.cli._sources import add_source_arguments, columns_of
 
 DIRECTIONS = {"both": "both", "t2i": "text_to_image", "i2t": "image_to_text"}
 KINDS = ("recall", "rank", "merge")
 FORMS = ("muge", "chinese-clip")
-# those of bagformer.data.sources, which --help does not wait for
-SOURCES = ("muge", "parquet", "huggingface", "webdataset")
-FIELDS = ("text", "image", "query_id", "item_id")
 
 
 def _whole(text: str) -> int:
@@ -46,16 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("model", type=Path, metavar="MODEL", help="folder of a model")
     add("data", nargs="*", metavar="DATA", help="a folder, .parquet files or .tar shards")
-    add("--split", metavar="NAME", help="which part of DATA (default: valid, or the only one)")
-    add("--source", choices=SOURCES, help="what DATA is (default: by its name and contents)")
-    add(
-        "--column",
-        dest="columns",
-        action="append",
-        default=[],
-        metavar="FIELD=NAME",
-        help="where rows keep text, image, query_id or item_id",
-    )
+    add_source_arguments(parser)
     add("--queries", type=Path, metavar="FILE", help="jsonl of queries, in place of DATA's")
     add("--images", type=Path, metavar="FILE", help="tsv of pictures, in place of DATA's")
     add(
@@ -128,18 +117,6 @@ def _check(args: argparse.Namespace) -> None:
         args.submission_kind = kind
 
 
-def _columns(changes: list[str]) -> Any:
-    from bagformer.data.rows import Columns
-
-    found = {}
-    for change in changes:
-        name, sign, value = change.partition("=")
-        if name not in FIELDS or not sign or not value:
-            raise CommandError(f"--column {change}: expected one of {', '.join(FIELDS)}=NAME")
-        found[name] = value
-    return Columns(**found)
-
-
 def _source(args: argparse.Namespace) -> Any:
     from bagformer.data.sources import Source
     from bagformer.evaluation.sets import find_set
@@ -147,7 +124,7 @@ def _source(args: argparse.Namespace) -> Any:
     if args.queries is not None and args.images is not None:
         found = Source("muge", (args.queries,), args.images)
     else:
-        found = find_set(args.data, args.split, args.source, _columns(args.columns))
+        found = find_set(args.data, args.split, args.source, columns_of(args.columns))
         if found.kind == "muge":
             queries = args.queries or found.files[0]
             found = Source("muge", (queries,), args.images or found.images)

@@ -23,6 +23,7 @@ from bagformer.data.images import MAX_PIXELS, ImageError, decode_image
 from bagformer.data.records import (
     ErrorSink,
     MugeError,
+    OnError,
     decode_base64,
     has_surrogate,
     is_id,
@@ -70,7 +71,7 @@ class MugeImages(Mapping[Any, Image.Image]):
         self,
         path: str | os.PathLike[str],
         *,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
         max_pixels: int = MAX_PIXELS,
     ) -> None:
         if max_pixels <= 0:
@@ -210,6 +211,11 @@ class MugeImages(Mapping[Any, Image.Image]):
             line = int(self._numbers[row])
             raise MugeError(self.path, line, "image", "bad base64", f"base64: {error}") from error
 
+    def sizes(self, keys: Sequence[int | str]) -> np.ndarray:
+        """Characters of base64 of each picture, int64 ``[len(keys)]``; ``keys`` must be known."""
+        wanted = np.asarray(keys, np.int64 if self._ids.dtype == np.int64 else np.str_)
+        return self._sizes[self._order[np.searchsorted(self._ranked, wanted)]]
+
     def __getitem__(self, key: int | str) -> Image.Image:
         data = self.encoded(key)
         try:
@@ -289,7 +295,7 @@ def _parse_query(path: Path, number: int, body: bytes) -> Query:
     return Query(key, text, tuple(items), number)
 
 
-def read_queries(path: str | os.PathLike[str], *, on_error: str = "raise") -> Queries:
+def read_queries(path: str | os.PathLike[str], *, on_error: OnError = "raise") -> Queries:
     """Queries of a jsonl file.
 
     Raises FileNotFoundError, :class:`MugeError` (with ``on_error="raise"``; with "skip" bad lines
@@ -321,7 +327,9 @@ class MugeDataset(Sequence[dict[str, Any]]):
     query that thereby loses all its items as "query without pictures", in ``skipped``.
     """
 
-    def __init__(self, queries: Queries, images: MugeImages, *, on_error: str = "raise") -> None:
+    def __init__(
+        self, queries: Queries, images: MugeImages, *, on_error: OnError = "raise"
+    ) -> None:
         self.images = images
         self._sink = ErrorSink(on_error)
         self.queries: list[Query] = []
@@ -340,8 +348,8 @@ class MugeDataset(Sequence[dict[str, Any]]):
         lost = [item for item in query.item_ids if item not in self.images]
         if not lost:
             return query
-        problem = f"no picture in {self.images.path} for {shorten(lost)}"
-        for _ in lost:
+        for item in lost:
+            problem = f"no picture in {self.images.path} for {shorten(item)}"
             self._sink.report(MugeError(path, query.line, "item_ids", "dangling item", problem))
         left = tuple(item for item in query.item_ids if item in self.images)
         if not left:
@@ -356,11 +364,21 @@ class MugeDataset(Sequence[dict[str, Any]]):
         """Place in ``queries`` of the query of pair ``index``, which is at least 0."""
         return int(np.searchsorted(self._ends, index, side="right"))
 
+    def _item(self, index: int) -> int | str:
+        row = self.query_of(index)
+        return self.queries[row].item_ids[index - int(self._ends[row])]
+
+    def encoded(self, index: int) -> bytes:
+        """The file of the picture of pair ``index``. Raises MugeError."""
+        return self.images.encoded(self._item(index))
+
+    def sizes(self) -> np.ndarray:
+        """Characters of base64 of each pair's picture, int64 ``[len(self)]``."""
+        return self.images.sizes([item for query in self.queries for item in query.item_ids])
+
     def __getitem__(self, index: Any) -> Any:
         place = range(len(self))[index]
-        row = self.query_of(place)
-        query = self.queries[row]
-        item = query.item_ids[place - int(self._ends[row])]
+        query, item = self.queries[self.query_of(place)], self._item(place)
         image = self.images[item]
         return {"query_id": query.query_id, "item_id": item, "text": query.text, "image": image}
 

@@ -60,11 +60,14 @@ class RowError(RecordError):
         return f"{self.path}: {self.place}: {self.field}: {self.problem}"
 
 
-class ErrorSink:
-    """Raises what it is given, or counts it by reason."""
+OnError = str | Callable[[RecordError], None]
 
-    def __init__(self, on_error: str) -> None:
-        if on_error not in ON_ERROR:
+
+class ErrorSink:
+    """Raises what it is given, or counts it by reason; a function is then told of each."""
+
+    def __init__(self, on_error: OnError) -> None:
+        if on_error not in ON_ERROR and not callable(on_error):
             raise ValueError(f"on_error: expected one of {ON_ERROR}, got {on_error!r}")
         self.on_error = on_error
         self.skipped: Counter[str] = Counter()
@@ -73,6 +76,8 @@ class ErrorSink:
         if self.on_error == "raise":
             raise error
         self.skipped[error.reason] += 1
+        if callable(self.on_error):
+            self.on_error(error)
 
 
 def shorten(value: Any, limit: int = 60) -> str:

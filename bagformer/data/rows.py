@@ -13,7 +13,15 @@ from PIL import Image
 
 from bagformer.data.images import MAX_PIXELS, ImageError, decode_image
 from bagformer.data.muge import Query
-from bagformer.data.records import ErrorSink, RecordError, RowError, has_surrogate, is_id, shorten
+from bagformer.data.records import (
+    ErrorSink,
+    OnError,
+    RecordError,
+    RowError,
+    has_surrogate,
+    is_id,
+    shorten,
+)
 
 Id = int | str
 
@@ -24,7 +32,9 @@ class Pairs(Protocol):
 
     ``pairs[i]`` is ``{"query_id", "item_id", "text", "image"}`` and ``query_of(i)`` the place of
     its query in ``queries``, each with ``query_id``, ``text`` and ``item_ids``. ``images`` maps
-    every item id to its picture, in the order that numbers them.
+    every item id to its picture, in the order that numbers them. ``encoded(i)`` is the file of a
+    pair's picture; ``sizes()`` int64 ``[len(pairs)]``, what each takes in the set, without reading
+    any: bytes, for MUGE characters of base64.
     """
 
     @property
@@ -36,6 +46,8 @@ class Pairs(Protocol):
     def __len__(self) -> int: ...
     def __getitem__(self, index: int) -> dict[str, Any]: ...
     def query_of(self, index: int) -> int: ...
+    def encoded(self, index: int) -> bytes: ...
+    def sizes(self) -> np.ndarray: ...
 
 
 class SourceError(ValueError):
@@ -80,6 +92,11 @@ class Rows(Protocol):
 
     def encoded(self, row: int) -> bytes:
         """The picture's file. Raises RecordError."""
+        ...
+
+    def sizes(self) -> np.ndarray:
+        """Bytes of each row's picture (or of its path), int64, -1 where there is none. After
+        :meth:`records`."""
         ...
 
 
@@ -211,7 +228,7 @@ class RowPairs(Sequence[dict[str, Any]]):
         self,
         rows: Rows,
         *,
-        on_error: str = "raise",
+        on_error: OnError = "raise",
         decode: bool = False,
         max_pixels: int = MAX_PIXELS,
     ) -> None:
@@ -312,6 +329,14 @@ class RowPairs(Sequence[dict[str, Any]]):
     def query_of(self, index: int) -> int:
         """Place in ``queries`` of the query of pair ``index``, which is at least 0."""
         return int(self._query[index])
+
+    def encoded(self, index: int) -> bytes:
+        """The file of the picture of pair ``index``. Raises RecordError."""
+        return self._rows.encoded(int(self._row[index]))
+
+    def sizes(self) -> np.ndarray:
+        """Bytes of each pair's picture, int64 ``[len(self)]``."""
+        return self._rows.sizes()[self._row]
 
     def __getitem__(self, index: Any) -> Any:
         place = range(len(self))[index]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bagformer.data.muge import MugeDataset, MugeImages, read_queries
-from bagformer.data.rows import Columns, Pairs, RowPairs, SourceError
+from bagformer.data.rows import Columns, Pairs, RowPairs, Rows, SourceError
 
 SOURCES = ("muge", "parquet", "huggingface", "webdataset")
 _ENDINGS = {".jsonl": "muge", ".parquet": "parquet", ".tar": "webdataset"}
@@ -59,6 +59,27 @@ def expand(kind: str, names: Sequence[str], folder: str | Path = ".") -> tuple[P
     return tuple(found)
 
 
+def open_rows(source: Source) -> Rows:
+    """The rows of a source that is not ``muge``. Raises FileNotFoundError, SourceError, and
+    ImportError where a library is missing."""
+    if source.kind == "huggingface":
+        from bagformer.data.tables import open_folder
+
+        return open_folder(source.files[0], source.columns, source.split)
+    for path in source.files:
+        if not path.is_file():
+            raise FileNotFoundError(f"no such file: {path}")
+    if source.kind == "parquet":
+        from bagformer.data.tables import open_parquet
+
+        return open_parquet(source.files, source.columns)
+    if source.kind == "webdataset":
+        from bagformer.data.webdataset import TarRows
+
+        return TarRows(source.files, source.columns)
+    raise SourceError(f"source: expected one of {', '.join(SOURCES)}, got {source.kind!r}")
+
+
 def open_pairs(source: Source, *, on_error: str = "raise", decode: bool = False) -> Pairs:
     """Queries, pictures and pairs of a set; ``skipped`` has all that was left out.
 
@@ -70,25 +91,7 @@ def open_pairs(source: Source, *, on_error: str = "raise", decode: bool = False)
     decode = decode and on_error == "skip"
     if source.kind == "muge":
         return _open_muge(source, on_error, decode)
-    if source.kind == "huggingface":
-        from bagformer.data.tables import open_folder
-
-        rows = open_folder(source.files[0], source.columns, source.split)
-        return RowPairs(rows, on_error=on_error, decode=decode)
-    for path in source.files:
-        if not path.is_file():
-            raise FileNotFoundError(f"no such file: {path}")
-    if source.kind == "parquet":
-        from bagformer.data.tables import open_parquet
-
-        return RowPairs(
-            open_parquet(source.files, source.columns), on_error=on_error, decode=decode
-        )
-    if source.kind == "webdataset":
-        from bagformer.data.webdataset import TarRows
-
-        return RowPairs(TarRows(source.files, source.columns), on_error=on_error, decode=decode)
-    raise SourceError(f"source: expected one of {', '.join(SOURCES)}, got {source.kind!r}")
+    return RowPairs(open_rows(source), on_error=on_error, decode=decode)
 
 
 def _open_muge(source: Source, on_error: str, decode: bool) -> MugeDataset:

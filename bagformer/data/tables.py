@@ -16,6 +16,9 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from bagformer.data.arrow import check_offsets, lengths
 from bagformer.data.records import RecordError, shorten
 from bagformer.data.rows import Columns, Record, SourceError, make_record, row_error
 
@@ -90,6 +93,20 @@ class TableRows:
             )
         self._table = table.select_columns(list(self._chosen.values()))
         self._pictures = self._table.select_columns([image])
+        self._check()
+
+    def _check(self) -> None:
+        """Raises SourceError where reading a value would leave the file."""
+        for name in self._table.column_names:
+            row = 0
+            for chunk in self._table.data.column(name).chunks:
+                try:
+                    check_offsets(chunk)
+                except (ValueError, OSError) as error:
+                    rows = f"rows {row} to {row + len(chunk) - 1}"
+                    problem = f"{name}: damaged: {error}"
+                    raise SourceError(f"{self._paths[0]}: {rows}: {problem}") from error
+                row += len(chunk)
 
     def place(self, row: int) -> tuple[str, str]:
         part = bisect_right(self._ends, row)
@@ -109,6 +126,13 @@ class TableRows:
                 except RecordError as error:
                     yield error
                 row += 1
+
+    def sizes(self) -> np.ndarray:
+        """Bytes of each row's picture, or of its path, int64, -1 where there is none."""
+        name = self._chosen["image"]
+        batches = self._pictures.with_format("arrow").iter(_AT_ONCE)
+        found = [lengths(batch[name]) for batch in batches]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def encoded(self, row: int) -> bytes:
         """The picture's file, from the row or from the path it names. Raises RecordError."""
@@ -171,6 +195,21 @@ def _columns_of(parquet: Any, path: Path) -> tuple[list[str], int]:
     return found.schema.to_arrow_schema().names, found.num_rows
 
 
+def _find_damage(parquet: Any, paths: Sequence[Path], names: list[str]) -> str | None:
+    """Which file and which of its rows cannot be read, as a message."""
+    for path in paths:
+        row = size = 0
+        try:
+            file = parquet.ParquetFile(path)
+            for group in range(file.num_row_groups):
+                size = file.metadata.row_group(group).num_rows
+                file.read_row_group(group, columns=names)
+                row += size
+        except (OSError, ValueError) as error:
+            return f"{path}: rows {row} to {row + size - 1}: cannot be read: {error}"
+    return None
+
+
 def open_parquet(paths: Sequence[Path], columns: Columns) -> TableRows:
     """Rows of Parquet files, one after the other.
 
@@ -197,8 +236,11 @@ def open_parquet(paths: Sequence[Path], columns: Columns) -> TableRows:
         with _quiet(datasets):
             table = datasets.Dataset.from_parquet(files, columns=list(chosen.values()))
     except (datasets.exceptions.DatasetGenerationError, ValueError, OSError) as error:
-        cause = error.__cause__ or error
-        raise SourceError(f"{', '.join(map(str, paths))}: cannot be read: {cause}") from error
+        guilty = _find_damage(parquet, paths, list(chosen.values()))
+        shown = ", ".join(map(str, paths))
+        raise SourceError(
+            guilty or f"{shown}: cannot be read: {error.__cause__ or error}"
+        ) from error
     if table.num_rows != expected:
         raise SourceError(f"{paths[0]}: {table.num_rows} rows were read of {expected}")
     return TableRows(table, columns, parts)

@@ -201,6 +201,10 @@ class TarRows:
         file.seek(member.start)
         return file.read(member.size)
 
+    def sizes(self) -> np.ndarray:
+        """Bytes of each sample's picture, int64, -1 where there is none."""
+        return self._index[2]
+
     def encoded(self, row: int) -> bytes:
         """The picture's file. Raises RecordError, ValueError if the shard has changed."""
         shard, start, size = (int(column[row]) for column in self._index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,23 @@ DEFAULTS: dict[str, Any] = {
 }
 NEEDED = ("bert_config", "entity_dict_path")
 FUSIONS = {"late_fusion": "late", "early_fusion": "early"}
+# Numbers by dotted key: what is expected, and whether a finite one is that.
+_ABOVE = ("a number above 0", lambda value: value > 0)
+_FROM = ("a number of at least 0", lambda value: value >= 0)
+_SHARE = ("a number from 0 to 1", lambda value: 0 <= value <= 1)
+_NUMBERS = {
+    "momentum": _SHARE,
+    "temp": _ABOVE,
+    "alpha": _SHARE,
+    "optimizer.lr": _ABOVE,
+    "optimizer.weight_decay": _FROM,
+    "schedular.lr": _FROM,
+    "schedular.min_lr": _FROM,
+    "schedular.decay_rate": _FROM,
+    "schedular.warmup_lr": _FROM,
+}
+_WHOLE = {"schedular.epochs": 1, "schedular.warmup_epochs": 0, "schedular.cooldown_epochs": 0}
+_WHOLE |= {"queue_size": 0, "k_test": 0, "num_workers_train": 0, "num_workers_test": 0}
 _COUNTS = ("image_res", "batch_size_train", "batch_size_test", "vision_width", "embed_dim")
 
 
@@ -56,6 +74,10 @@ def unknown_keys(path: Path, given: dict[str, Any]) -> list[str]:
     for name in unknown:
         if near := get_close_matches(name, known, n=1, cutoff=0.85):
             raise ValueError(f"{path}: unknown key {name!r}, did you mean {near[0]!r}?")
+    for section in ("optimizer", "schedular"):
+        inner = given.get(section)
+        if isinstance(inner, dict):
+            unknown += [f"{section}.{name}" for name in inner if name not in DEFAULTS[section]]
     return unknown
 
 
@@ -81,10 +103,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
     config = {**DEFAULTS, **given}
     for name in ("optimizer", "schedular"):
         config[name] = {**DEFAULTS[name], **config[name]}
-    for name in _COUNTS:
-        _whole(place, config, name, 1)
-    for name in ("k_test", "num_workers_train", "num_workers_test"):
-        _whole(place, config, name, 0)
+    for name, least in {**_WHOLE, **dict.fromkeys(_COUNTS, 1)}.items():
+        _whole(place, config, name, least)
+    for name, (expected, good) in _NUMBERS.items():
+        value = _value(config, name)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or not good(value):
+            raise ValueError(f"{place}: {name}: expected {expected}, got {value!r}")
     if config["fusion_strategy"] not in FUSIONS:
         raise ValueError(
             f"{place}: fusion_strategy: expected {' or '.join(FUSIONS)}, "
@@ -101,8 +126,13 @@ def read_config(path: str | Path) -> dict[str, Any]:
     return config
 
 
+def _value(config: dict[str, Any], name: str) -> Any:
+    section, _, key = name.rpartition(".")
+    return config[section][key] if section else config[key]
+
+
 def _whole(path: Path, config: dict[str, Any], name: str, least: int) -> None:
-    value = config[name]
+    value = _value(config, name)
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{path}: {name}: expected a whole number from {least}, got {value!r}")
 

@@ -5,6 +5,9 @@ The fields are the keys of the YAML file; :mod:`bagformer.training.config_file` 
 
 from __future__ import annotations
 
+import dataclasses
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -97,9 +100,13 @@ class AugmentConfig:
 
 @dataclass
 class OptimConfig:
-    """``name``: an optimiser that ``timm.optim`` knows. ``param_groups``: ``default`` spares
-    vectors, biases, temperatures and the embeddings of positions and of the CLS token from weight
-    decay, ``original`` only vectors and biases. ``options`` go to the optimiser."""
+    """``name``: an optimiser that ``timm.optim`` knows. ``options`` go to it.
+
+    ``param_groups``: which parameters are spared weight decay. ``default``: vectors, biases and
+    temperatures, and what timm says of the picture encoder (its ``no_weight_decay``: CLS and
+    register tokens, position embeddings, tables of relative positions). The text encoder's
+    embeddings, of positions too, decay, as in transformers' Trainer. ``original``: only vectors
+    and biases are spared."""
 
     name: str = "adamw"
     lr: float = 1e-4
@@ -217,7 +224,7 @@ class TrainConfig:
 
 # Keys that a resumed run may change: they decide how it is run, not what it computes.
 FREE = frozenset(("output", "folder", "data", "valid", "checkpoint", "log", "device", "workers"))
-FREE |= {"start_method", "threads", "processor", "steps", "epochs", "gradient_checkpointing"}
+FREE |= {"start_method", "threads", "steps", "epochs", "gradient_checkpointing"}
 
 _CHOICES: dict[str, tuple[str, ...]] = {
     "precision": PRECISIONS,
@@ -228,9 +235,14 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "loss.gather": GATHERS,
     "data.on_error": ("raise", "skip"),
 }
+# OpenMP ends the process where it cannot start as many as it was told to.
+_MOST_THREADS = 1024
+# Levels of torchvision's RandAugment.
+_MOST_MAGNITUDE = 30
 _POSITIVE = ["batch_size", "mini_batch", "accumulate", "steps", "epochs", "clip", "threads"]
 _POSITIVE += ["valid.every", "valid.batch_size", "checkpoint.every", "checkpoint.keep", "log.every"]
-_NOT_NEGATIVE = ["workers", "seed", "optim.lr", "optim.weight_decay", "valid.k_test"]
+_POSITIVE += ["optim.lr", "optim.eps"]
+_NOT_NEGATIVE = ["workers", "seed", "optim.weight_decay", "valid.k_test"]
 _NOT_NEGATIVE += ["schedule.warmup", "schedule.warmup_lr", "schedule.min_lr"]
 _NOT_NEGATIVE += ["loss.twc", "loss.ita", "loss.itm"]
 _NOT_NEGATIVE += ["augment.rand_augment.ops", "augment.rand_augment.magnitude"]
@@ -244,29 +256,75 @@ def value_at(config: Any, key: str) -> Any:
     return config
 
 
-def problems(config: TrainConfig) -> dict[str, str]:
-    """What is wrong with the values, by dotted key; the types are right already."""
+def _numbers(value: Any, key: str) -> Iterator[tuple[str, float]]:
+    """Every float in a configuration, also inside mappings and lists, by its dotted key."""
+    if dataclasses.is_dataclass(value):
+        value = {one.name: getattr(value, one.name) for one in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _numbers(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _numbers(inner, key)
+    elif isinstance(value, float):
+        yield key, value
+
+
+def _rising(value: list[float], highest: float) -> bool:
+    return len(value) == 2 and 0 < value[0] <= value[1] <= highest
+
+
+def _problems_of_ranges(config: TrainConfig) -> dict[str, str]:
     found: dict[str, str] = {}
-    for key, allowed in _CHOICES.items():
-        if (value := value_at(config, key)) not in allowed:
-            found[key] = f"expected one of {', '.join(allowed)}, got {value!r}"
-    if config.start_method not in (None, *START_METHODS):
-        found["start_method"] = f"expected one of {', '.join(START_METHODS)} or null"
     for keys, what, wrong in (
         (_POSITIVE, "a number above 0", lambda v: v <= 0),
         (_NOT_NEGATIVE, "0 or more", lambda v: v < 0),
         (_SHARES, "a number from 0 to 1", lambda v: not 0 <= v <= 1),
+        (["threads"], f"at most {_MOST_THREADS}", lambda v: v > _MOST_THREADS),
+        (
+            ["augment.rand_augment.magnitude"],
+            f"at most {_MOST_MAGNITUDE}",
+            lambda v: v > _MOST_MAGNITUDE,
+        ),
+        (["ema"], "a number between 0 and 1", lambda v: not 0 < v < 1),
+        (
+            ["augment.crop"],
+            "two numbers in rising order, above 0 and up to 1",
+            lambda v: not _rising(v, 1),
+        ),
+        (
+            ["augment.ratio"],
+            "two numbers in rising order, above 0",
+            lambda v: not _rising(v, math.inf),
+        ),
+        (
+            ["optim.betas"],
+            "two or three numbers from 0 to below 1",
+            lambda v: len(v) not in (2, 3) or not all(0 <= one < 1 for one in v),
+        ),
     ):
         for key in keys:
             value = value_at(config, key)
             if value is not None and wrong(value):
-                found[key] = f"expected {what}, got {value!r}"
-    for key in ("augment.crop", "augment.ratio", "optim.betas"):
-        value = value_at(config, key)
-        if value is not None and (len(value) != 2 or not 0 <= value[0] <= max(value[1], 1e-9)):
-            found[key] = f"expected two numbers in rising order, got {value!r}"
-    if config.ema is not None and not 0 < config.ema < 1:
-        found["ema"] = f"expected a number between 0 and 1, got {config.ema!r}"
+                found.setdefault(key, f"expected {what}, got {value!r}")
+    return found
+
+
+def problems(config: TrainConfig) -> dict[str, str]:
+    """What is wrong with the values, by dotted key; the types are right already."""
+    found: dict[str, str] = {}
+    for key, number in _numbers(config, ""):
+        if not math.isfinite(number):
+            found[key] = f"expected a finite number, got {number!r}"
+    for key, allowed in _CHOICES.items():
+        if (value := value_at(config, key)) not in allowed:
+            found[key] = f"expected one of {', '.join(allowed)}, got {value!r}"
+    if config.start_method not in (None, *START_METHODS):
+        found["start_method"] = (
+            f"expected one of {', '.join(START_METHODS)} or null, got {config.start_method!r}"
+        )
+    for key, problem in _problems_of_ranges(config).items():
+        found.setdefault(key, problem)
     if (config.steps is None) == (config.epochs is None):
         found["epochs"] = "set exactly one of steps and epochs"
     if config.output is None:

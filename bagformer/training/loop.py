@@ -34,7 +34,7 @@ from bagformer.training.distributed import Place, finish, gather_numbers, start
 from bagformer.training.finite import FiniteWatch, NonFiniteError
 from bagformer.training.gradient_cache import average_gradients
 from bagformer.training.optim import Schedule, freeze, make_optimizer, train_mode
-from bagformer.training.resume import best_so_far, check_same, digest
+from bagformer.training.resume import best_so_far, check_same, identity, name_of_set
 from bagformer.training.step import TrainStep, active_losses, freeze_unreached
 from bagformer.training.validate import Validate, make_validate, metric_of
 
@@ -92,16 +92,17 @@ class Trainer:
         config, place = self.config, self.place
         pairs = data.open_split(config, config.data.train, "train")
         self.skipped = data.skipped(pairs)
-        self.queries = digest(pairs.queries)
+        self.trained_on = identity(pairs)
         self.relations = data.Relations(pairs)
         transform = data.make_transform(config.augment, self.processor.image_processor)
         skip = config.data.on_error == "skip"
         self.pairs = data.TrainPairs(pairs, self.relations, transform, config.seed, skip)
         self.batches = data.Batches(config, len(pairs), place.rank, place.world)
         self.total, self.per_epoch = self.batches.total, self.batches.updates_per_epoch
-        self.validate = validate
+        self.validate, self.valid_set = validate, None
         if validate is None and config.data.valid.queries is not None:
             valid = data.open_split(config, config.data.valid, "valid")
+            self.valid_set = name_of_set(identity(valid))
             self.validate = make_validate(config, self.model, valid, progress and place.first)
 
     def _prepare_model(self) -> None:
@@ -141,15 +142,15 @@ class Trainer:
             if snapshot.learning is not None:
                 self.model.load_state_dict(snapshot.learning)
             self.optimizer.load_state_dict(snapshot.optimizer)
-        self.step, self.best = snapshot.step, best_so_far(snapshot.run, self.config)
+        self.step = snapshot.step
+        self.best = best_so_far(snapshot.run, self.config, self.valid_set)
         self.meter.load(snapshot.run["meter"])
         self.batches.start = self.step
 
     def _facts_kept(self) -> dict[str, tuple[str, Any]]:
         """What a resumed run must have in common beside its configuration, with its keys."""
         return {
-            "pairs of data.train": ("pairs", len(self.pairs)),
-            "queries of data.train": ("queries", self.queries),
+            **{f"{k} of data.train": (k, value) for k, value in self.trained_on.items()},
             "processes": ("world", self.place.world),
         }
 
@@ -339,6 +340,7 @@ class Trainer:
                 "best": self.best,
                 "meter": self.meter.state(),
                 "config": to_dict(self.config),
+                "valid_set": self.valid_set,
                 **dict(self._facts_kept().values()),
             }
             learning = None if self.ema is None else self.model.state_dict()

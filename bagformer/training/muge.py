@@ -52,6 +52,7 @@ from bagformer.training.original import (
     param_groups,
     schedule_time,
 )
+from bagformer.training.resume import check_same_muge, identity, muge_facts, name_of_set
 
 LOG = "train.log"
 PARTS = ("itm", "ita", "twc")
@@ -117,8 +118,12 @@ class MugeRun:
 
     def _open(self) -> TrainPairs:
         queries, images = files_of(self.config, "train")
-        files_of(self.config, "valid")
         pairs = MugeDataset(read_queries(queries), MugeImages(images))
+        valid_queries, valid_images = files_of(self.config, "valid")
+        valid = MugeDataset(read_queries(valid_queries), MugeImages(valid_images))
+        # under the original's protocol the size of a batch cuts bags
+        self.valid_set = f"{name_of_set(identity(valid))}-{self.config['batch_size_test']}"
+        self.facts = muge_facts(self.config, pairs, self.seed, self.model, self.processor)
         transform = make_transform(AUGMENT, self.processor.image_processor)
         return TrainPairs(pairs, Relations(pairs), transform, self.seed)
 
@@ -130,6 +135,8 @@ class MugeRun:
             raise FileNotFoundError(f"--resume: {self.output} has no checkpoint to go on from")
         with self.checkpoints.reading(folder):
             snapshot = read_snapshot(folder)
+        check_same_muge(snapshot.run.get("facts", {}), self.facts, folder)
+        with self.checkpoints.reading(folder):
             self.model.load_state_dict(load_file(folder / MODEL))
             self.optimizer.load_state_dict(snapshot.optimizer)
         if self.slow is not None:
@@ -138,7 +145,10 @@ class MugeRun:
             _put_slow(self.slow, snapshot.learning)
             self.slow.to(self.device)
         run = snapshot.run
-        self.first_epoch, self.best, self.best_epoch = run["next"], run["best"], run["best_epoch"]
+        self.first_epoch = run["next"]
+        # a best that was found on other files is none
+        if run.get("valid_set", self.valid_set) == self.valid_set:
+            self.best, self.best_epoch = run["best"], run["best_epoch"]
         _cut_log(self.output / LOG, self.first_epoch)
         return self.first_epoch
 
@@ -175,7 +185,13 @@ class MugeRun:
             write_model(self.model, folder)
             self.processor.save_pretrained(folder)
 
-        run = {"next": epoch + 1, "best": self.best, "best_epoch": self.best_epoch}
+        run = {
+            "next": epoch + 1,
+            "best": self.best,
+            "best_epoch": self.best_epoch,
+            "facts": self.facts,
+            "valid_set": self.valid_set,
+        }
         learning = None if self.slow is None else dict(_slow_tensors(self.slow))
         snapshot = Snapshot(epoch + 1, self.optimizer.state_dict(), run, learning)
         self.checkpoints.save(snapshot, write, best)

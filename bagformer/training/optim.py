@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Collection
 from fnmatch import fnmatch
 from typing import Any
 
@@ -42,20 +43,32 @@ def train_mode(model: nn.Module) -> None:
             module.eval()
 
 
-def decays(name: str, parameter: torch.Tensor, rule: str) -> bool:
-    """Whether weight decay applies to a parameter, under the rule of ``optim.param_groups``."""
+def spared_by_timm(model: nn.Module) -> set[str]:
+    """Names of the parameters that ``no_weight_decay`` of a module inside ``model`` lists."""
+    found: set[str] = set()
+    for prefix, module in model.named_modules():
+        if callable(listed := getattr(module, "no_weight_decay", None)):
+            found |= {f"{prefix}.{name}" if prefix else name for name in listed()}
+    return found
+
+
+def decays(name: str, parameter: torch.Tensor, rule: str, spared: Collection[str] = ()) -> bool:
+    """Whether weight decay applies to a parameter, under the rule of ``optim.param_groups``.
+
+    ``spared``: what :func:`spared_by_timm` gives, which the rule ``default`` heeds.
+    """
     if rule == "original":
         return parameter.dim() != 1 and not name.endswith(".bias")
-    last = name.rsplit(".", 1)[-1]
-    return parameter.dim() > 1 and last not in ("cls_token", "pos_embed", "reg_token")
+    return parameter.dim() > 1 and not name.endswith(".bias") and name not in spared
 
 
 def param_groups(model: nn.Module, options: OptimConfig) -> list[dict[str, Any]]:
     """Two groups of the parameters that learn: with weight decay and without."""
     groups: dict[bool, list[Any]] = {True: [], False: []}
+    spared = spared_by_timm(model)
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups[decays(name, parameter, options.param_groups)].append(parameter)
+            groups[decays(name, parameter, options.param_groups, spared)].append(parameter)
     if not any(groups.values()):
         raise ConfigError("freeze: nothing is left to learn")
     decay = {True: options.weight_decay, False: 0.0}
