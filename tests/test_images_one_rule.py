@@ -75,6 +75,7 @@ def close(picture, wanted, rule):
     assert apart < 1.01 if rule == "white" else apart == 0
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 @pytest.mark.parametrize("rule", ["white", "drop"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_rule_itself(kind, rule):
