@@ -95,8 +95,8 @@ def decode_image(
 def to_rgb(picture: Image.Image, transparency: Transparency = "white") -> Image.Image:
     """RGB picture, 8 bits a channel, from one of any mode.
 
-    - "white": transparency is laid on white, and 16-bit grey keeps its upper 8 bits. Mode ``I``
-      counts as 16-bit grey if it was read from a file or holds a number above 255.
+    - "white": transparency is laid on white, and 16-bit grey keeps its upper 8 bits. Mode ``I``,
+      which no format of :data:`FORMATS` gives, counts as 16-bit grey if it holds a number above 255.
     - "drop": Pillow's ``convert("RGB")``, as the original: transparency is dropped, and numbers
       of 16-bit grey above 255 become 255.
 
@@ -123,8 +123,7 @@ def to_rgb(picture: Image.Image, transparency: Transparency = "white") -> Image.
 def _from_grey(picture: Image.Image) -> Image.Image:
     """8-bit grey from mode ``I`` or ``I;16``; the level that a PNG calls transparent is white."""
     deep = np.asarray(picture).astype(np.int64).clip(0, 65535)
-    # a PNG of 16 bits has mode I before Pillow 11.1, and may be dark all over
-    wide = picture.mode != "I" or picture.format is not None or deep.max() > 255
+    wide = picture.mode != "I" or deep.max() > 255
     grey = deep >> 8 if wide else deep
     key = picture.info.get("transparency")
     if isinstance(key, int):
