@@ -96,7 +96,7 @@ def to_rgb(picture: Image.Image, transparency: Transparency = "white") -> Image.
     """RGB picture, 8 bits a channel, from one of any mode.
 
     - "white": transparency is laid on white, and 16-bit grey keeps its upper 8 bits. Mode ``I``,
-      which no format of :data:`FORMATS` gives, counts as 16-bit grey if it holds a number above 255.
+      which no format of :data:`FORMATS` gives, is 16-bit grey if it holds a number above 255.
     - "drop": Pillow's ``convert("RGB")``, as the original: transparency is dropped, and numbers
       of 16-bit grey above 255 become 255.
 
