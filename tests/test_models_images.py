@@ -11,7 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
-from bagformer.models.image_processing_bagformer import BagFormerImageProcessor, to_rgb
+from bagformer.data.images import to_rgb
+from bagformer.models.image_processing_bagformer import BagFormerImageProcessor
 
 
 def test_pixels_are_bicubic_and_normalised_as_in_clip():
@@ -25,17 +26,21 @@ def test_pixels_are_bicubic_and_normalised_as_in_clip():
 
 def test_pictures_of_every_mode():
     level = {"1": 255, "L": 100, "P": 100, "I": 100, "F": 100.0, "I;16": 100 * 257}
-    for mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr", "HSV", "I", "F"):
+    modes = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV")
+    for mode in (*modes, "LAB", "I", "I;16", "I;16B", "F"):
         image = Image.new(mode, (6, 4), level.get(mode, 0))
         assert to_rgb(image).mode == "RGB" and to_rgb(image).size == (6, 4)
+        if mode != "La":  # Pillow alone makes nothing of it
+            dropped = to_rgb(image, "drop")
+            assert dropped.tobytes() == image.convert("RGB").tobytes(), mode
     deep = Image.new("I;16", (2, 2), 100 * 257)
     assert to_rgb(deep).getpixel((0, 0)) == (100, 100, 100)
     assert to_rgb(Image.new("I", (2, 2), 65535)).getpixel((0, 0)) == (255, 255, 255)
     clear = Image.new("RGBA", (2, 2), (10, 20, 30, 0))
-    assert to_rgb(clear).getpixel((0, 0)) == (10, 20, 30)
-    palette = clear.convert("P")
-    palette.info["transparency"] = b"\x00\xff"
-    assert to_rgb(palette).mode == "RGB"
+    assert to_rgb(clear).getpixel((0, 0)) == (255, 255, 255)
+    assert to_rgb(clear, "drop").getpixel((0, 0)) == (10, 20, 30)
+    with pytest.raises(ValueError, match="transparency must be one of white, drop, got 'black'"):
+        to_rgb(clear, "black")
 
 
 def test_arrays_and_tensors_are_pictures_too():
@@ -71,6 +76,7 @@ def test_what_is_no_picture_is_refused(image, error, message):
         ({"size": {"shortest_edge": 3}}, "size must be"),
         ({"image_std": (1, 1, 0)}, "image_std"),
         ({"resample": "cubic"}, "resample must be one of"),
+        ({"transparency": "black"}, "transparency must be one of white, drop"),
     ],
 )
 def test_bad_image_options_are_named(options, message):
@@ -86,7 +92,8 @@ def test_pictures_match_the_original(golden):
     for index, case in enumerate(cases):
         raw = base64.urlsafe_b64decode(case["png_urlsafe_base64"])
         image = Image.open(io.BytesIO(raw))
-        pixels = BagFormerImageProcessor(case["image_res"])(image)["pixel_values"][0]
+        processor = BagFormerImageProcessor(case["image_res"], transparency="drop")
+        pixels = processor(image)["pixel_values"][0]
         corner = torch.from_numpy(arrays[f"case{index}/normalized_corner"])
         # 8 levels of 255 between versions of Pillow, divided by the smallest deviation
         assert (pixels[:, :8, :8] - corner).abs().max() < 8 / 255 / 0.26

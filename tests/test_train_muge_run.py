@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from support import world
 from support.checkpoints import original_state, save
@@ -259,3 +261,29 @@ def test_a_loss_that_is_no_number_stops_the_run(place, run, monkeypatch):
     code, _, error = run("out")
     assert code == 1 and "the loss is nan in step 0 of epoch 0" in error
     assert not (place.root / "out" / "last").exists()
+
+
+@pytest.mark.parametrize("protocol", ["original", "corrected"])
+def test_training_lays_transparency_as_the_evaluation_does(place, run, monkeypatch, protocol):
+    kept, seen = muge.TrainPairs, []
+
+    def keep(pairs, *rest):
+        seen.append(pairs)
+        return kept(pairs, *rest)
+
+    monkeypatch.setattr(muge, "TrainPairs", keep)
+    matched = ("--protocol", protocol) if protocol == "corrected" else ()
+    code, _, err = run("out", *matched)
+    assert code == 0, err
+    (pairs,) = seen
+    clear = 0
+    for index in range(len(pairs)):
+        raw = Image.open(io.BytesIO(pairs.encoded(index)))
+        wanted = raw.convert("RGB")
+        if raw.mode == "RGBA":
+            clear += 1
+            white = Image.new("RGBA", raw.size, "white")
+            if protocol == "corrected":
+                wanted = Image.alpha_composite(white, raw).convert("RGB")
+        assert pairs[index]["image"].tobytes() == wanted.tobytes()
+    assert clear

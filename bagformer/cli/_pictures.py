@@ -11,7 +11,7 @@ from typing import Any
 from PIL import Image
 
 from bagformer.cli._common import CommandError
-from bagformer.data.images import ImageError, decode_image
+from bagformer.data.images import ImageError, Transparency, decode_image
 from bagformer.data.muge import MugeError, MugeImages
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
@@ -37,7 +37,10 @@ class Gallery:
 
     ``keys`` are the ids of a tsv or the file names, ``skipped`` the counts of what was left out.
     The keys of broken pictures leave ``keys`` when :meth:`pictures` has been read through.
+    ``transparency`` says how they become RGB; set it to what the model's protocol asks for.
     """
+
+    transparency: Transparency = "white"
 
     def __init__(self, paths: Sequence[Path], skip_errors: bool = False) -> None:
         self._skip = skip_errors
@@ -82,8 +85,9 @@ class Gallery:
         """RGB picture. Raises CommandError naming the file."""
         try:
             if self._table is not None:
-                return self._table[key]
-            return decode_image(self.files[key].read_bytes())
+                return self._table.picture(key, self.transparency)
+            data = self.files[key].read_bytes()
+            return decode_image(data, transparency=self.transparency)
         except MugeError as error:
             raise BrokenPictureError(error.reason, str(error)) from error
         except ImageError as error:

@@ -172,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
     _check_out(args.out)
     set_threads(args.threads)
     from bagformer.cli._demo_report import Run, build_report
+    from bagformer.data.images import transparency_of
     from bagformer.data.records import write_whole
     from bagformer.retrieval.encode import Stages
     from bagformer.retrieval.page import render_page
@@ -185,6 +186,7 @@ def run(args: argparse.Namespace) -> int:
             f"--model: the page explains bags, and {folder} has "
             f"interaction={model.config.interaction!r}; `bagformer score` ranks with it"
         )
+    inputs.gallery.transparency = transparency_of(model.config.protocol)
     _warm_up(inputs, model, processor)
     texts, images = _encode(args, inputs, model, processor, stages)
     scores, best = _score(model, texts, images, min(8, len(inputs.gallery)), stages)

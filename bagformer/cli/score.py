@@ -60,6 +60,7 @@ def _ranking(scores: Any, indices: Any, names: list[Any], kind: str) -> list[dic
 def score(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
     """What ``--json`` prints: rankings of both directions."""
     from bagformer.cli._pictures import Gallery
+    from bagformer.data.images import transparency_of
     from bagformer.ops.maxsim import maxsim
     from bagformer.retrieval.encode import encode_images, encode_texts
     from bagformer.retrieval.ranking import best_of
@@ -67,6 +68,7 @@ def score(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
     gallery = Gallery(args.images, args.skip_errors)
     folder = args.model or TINY_MODEL
     model, processor = load_model(folder), load_processor(folder)
+    gallery.transparency = transparency_of(model.config.protocol)
     encoded = encode_texts(model, processor, texts, with_names=True)
     with bar(args, len(gallery), "encode pictures", "picture") as progress:
         images = encode_images(

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from bagformer.data.images import MAX_PIXELS, ImageError, decode_image
+from bagformer.data.images import MAX_PIXELS, ImageError, Transparency, decode_image
 from bagformer.data.records import (
     ErrorSink,
     MugeError,
@@ -61,7 +61,7 @@ class MugeImages(Mapping[Any, Image.Image]):
     a kind stays). Base64 and picture are checked when read: ``images[id]`` raises
     :class:`MugeError`, :meth:`pictures` and :meth:`check` obey ``on_error``. ``skipped`` counts
     what was left out, by reason. See :func:`bagformer.data.images.decode_image` for what a picture
-    may be and how it becomes RGB.
+    may be and how it becomes RGB by ``transparency``.
 
     Raises FileNotFoundError, MugeError, and ValueError if ``on_error`` is neither "raise" nor
     "skip".
@@ -73,11 +73,12 @@ class MugeImages(Mapping[Any, Image.Image]):
         *,
         on_error: OnError = "raise",
         max_pixels: int = MAX_PIXELS,
+        transparency: Transparency = "white",
     ) -> None:
         if max_pixels <= 0:
             raise ValueError(f"max_pixels: expected a positive int, got {max_pixels!r}")
         self.path = Path(path)
-        self.max_pixels = max_pixels
+        self.max_pixels, self.transparency = max_pixels, transparency
         self._sink = ErrorSink(on_error)
         self._opened: tuple[int, Any] = _CLOSED
         self._build()
@@ -217,9 +218,13 @@ class MugeImages(Mapping[Any, Image.Image]):
         return self._sizes[self._order[np.searchsorted(self._ranked, wanted)]]
 
     def __getitem__(self, key: int | str) -> Image.Image:
+        return self.picture(key, self.transparency)
+
+    def picture(self, key: int | str, transparency: Transparency) -> Image.Image:
+        """The picture by another ``transparency``. Raises KeyError, MugeError."""
         data = self.encoded(key)
         try:
-            return decode_image(data, self.max_pixels)
+            return decode_image(data, self.max_pixels, transparency)
         except ImageError as error:
             raise MugeError(
                 self.path, self.line_of(key), "image", error.reason, str(error)

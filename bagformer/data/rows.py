@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from PIL import Image
 
-from bagformer.data.images import MAX_PIXELS, ImageError, decode_image
+from bagformer.data.images import MAX_PIXELS, ImageError, Transparency, decode_image
 from bagformer.data.muge import Query
 from bagformer.data.records import (
     ErrorSink,
@@ -163,8 +163,14 @@ class RowImages(Mapping[Any, Image.Image]):
     can be ranked: else RowError. So is a picture that cannot be decoded.
     """
 
-    def __init__(self, rows: Rows, places: Mapping[Any, Sequence[int]], max_pixels: int) -> None:
-        self._rows, self._max_pixels = rows, max_pixels
+    def __init__(
+        self,
+        rows: Rows,
+        places: Mapping[Any, Sequence[int]],
+        max_pixels: int,
+        transparency: Transparency = "white",
+    ) -> None:
+        self._rows, self._max_pixels, self.transparency = rows, max_pixels, transparency
         self._first = {key: found[0] for key, found in places.items()}
         self._others = {key: tuple(found[1:]) for key, found in places.items() if len(found) > 1}
         self.skipped: Counter[str] = Counter()
@@ -187,8 +193,12 @@ class RowImages(Mapping[Any, Image.Image]):
         return data
 
     def __getitem__(self, key: Any) -> Image.Image:
+        return self.picture(key, self.transparency)
+
+    def picture(self, key: Any, transparency: Transparency) -> Image.Image:
+        """The picture by another ``transparency``. Raises KeyError, RecordError."""
         # a broken picture is told as one, not as one that differs from the others
-        picture = decode_row(self._rows, self._first[key], self._max_pixels)
+        picture = decode_row(self._rows, self._first[key], self._max_pixels, transparency)
         if key in self._others:
             self.encoded(key)
         return picture
@@ -205,10 +215,12 @@ def check_same(rows: Rows, key: Any, first: tuple[int, bytes], other: tuple[int,
         raise row_error(rows, other[0], "image", "different pictures", problem)
 
 
-def decode_row(rows: Rows, row: int, max_pixels: int) -> Image.Image:
+def decode_row(
+    rows: Rows, row: int, max_pixels: int, transparency: Transparency = "white"
+) -> Image.Image:
     """The picture of a row. Raises RecordError."""
     try:
-        return decode_image(rows.encoded(row), max_pixels)
+        return decode_image(rows.encoded(row), max_pixels, transparency)
     except ImageError as error:
         raise row_error(rows, row, "image", error.reason, str(error)) from error
 
@@ -222,6 +234,7 @@ class RowPairs(Sequence[dict[str, Any]]):
 
     ``decode``: decode each picture once now. What is wrong raises RecordError, or with
     ``on_error="skip"`` is left out and counted in ``skipped``. Only texts and ids are held.
+    ``transparency``: how pictures become RGB, see :func:`bagformer.data.images.to_rgb`.
     """
 
     def __init__(
@@ -231,15 +244,16 @@ class RowPairs(Sequence[dict[str, Any]]):
         on_error: OnError = "raise",
         decode: bool = False,
         max_pixels: int = MAX_PIXELS,
+        transparency: Transparency = "white",
     ) -> None:
-        self._rows, self._max_pixels = rows, max_pixels
+        self._rows, self._max_pixels, self._transparency = rows, max_pixels, transparency
         self._sink = ErrorSink(on_error)
         records = list(self._good(decode))
         places: dict[Any, list[int]] = {}
         for record in records:
             if record.has_picture:
                 places.setdefault(_item(record), []).append(record.row)
-        self.images = RowImages(rows, places, max_pixels)
+        self.images = RowImages(rows, places, max_pixels, transparency)
         # emptied as it is read: with a great many rows it is as large as what is kept
         records.reverse()
         self._pair((records.pop() for _ in range(len(records))), places)
@@ -342,7 +356,8 @@ class RowPairs(Sequence[dict[str, Any]]):
         place = range(len(self))[index]
         query = self.queries[self.query_of(place)]
         item = self._ids[int(self._number[place])]
-        image = decode_row(self._rows, int(self._row[place]), self._max_pixels)
+        row = int(self._row[place])
+        image = decode_row(self._rows, row, self._max_pixels, self._transparency)
         return {"query_id": query.query_id, "item_id": item, "text": query.text, "image": image}
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bagformer.data.images import Transparency
 from bagformer.data.muge import MugeDataset, MugeImages, read_queries
 from bagformer.data.rows import Columns, Pairs, RowPairs, Rows, SourceError
 
@@ -80,24 +81,33 @@ def open_rows(source: Source) -> Rows:
     raise SourceError(f"source: expected one of {', '.join(SOURCES)}, got {source.kind!r}")
 
 
-def open_pairs(source: Source, *, on_error: str = "raise", decode: bool = False) -> Pairs:
+def open_pairs(
+    source: Source,
+    *,
+    on_error: str = "raise",
+    decode: bool = False,
+    transparency: Transparency = "white",
+) -> Pairs:
     """Queries, pictures and pairs of a set; ``skipped`` has all that was left out.
 
     ``decode`` with ``on_error="skip"`` decodes each picture once and leaves broken ones out.
+    ``transparency``: how pictures become RGB, see :func:`bagformer.data.images.to_rgb`.
 
     Raises FileNotFoundError, SourceError, RecordError with file and line or row, and ImportError
     where a library is missing.
     """
     decode = decode and on_error == "skip"
     if source.kind == "muge":
-        return _open_muge(source, on_error, decode)
-    return RowPairs(open_rows(source), on_error=on_error, decode=decode)
+        return _open_muge(source, on_error, decode, transparency)
+    return RowPairs(open_rows(source), on_error=on_error, decode=decode, transparency=transparency)
 
 
-def _open_muge(source: Source, on_error: str, decode: bool) -> MugeDataset:
+def _open_muge(
+    source: Source, on_error: str, decode: bool, transparency: Transparency
+) -> MugeDataset:
     if source.images is None:
         raise SourceError(f"{source.files[0]}: muge needs the file of pictures too")
-    images = MugeImages(source.images, on_error=on_error)
+    images = MugeImages(source.images, on_error=on_error, transparency=transparency)
     if decode:
         images.check()
     queries = read_queries(source.files[0], on_error=on_error)

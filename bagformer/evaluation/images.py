@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,22 +23,18 @@ _ON_DISK = {torch.float16: np.float16, torch.bfloat16: np.uint16, torch.float32:
 
 
 class OpaqueImages(Mapping[Any, Image.Image]):
-    """Pictures as the original reads them: transparency is dropped, not laid on white, and 16-bit
-    grey is cut off at 255. ``images``: a :class:`bagformer.data.muge.MugeImages`; a mapping of
-    another kind has no files to read again, and its pictures stay as they are."""
+    """Pictures as the original reads them: :func:`bagformer.data.images.to_rgb` with "drop".
+
+    ``images``: of a reader of ours; a mapping of another kind gives its pictures as they are, and
+    the image processor treats them.
+    """
 
     def __init__(self, images: Mapping[Any, Any]) -> None:
         self.images = images
 
     def __getitem__(self, key: Any) -> Any:
-        # reads it with every check first
-        picture = self.images[key]
-        encoded = getattr(self.images, "encoded", None)
-        if encoded is None:
-            return picture
-        with Image.open(io.BytesIO(encoded(key))) as raw:
-            plain = raw.mode in ("RGB", "L") and "transparency" not in raw.info
-            return picture if plain else raw.convert("RGB")
+        read = getattr(self.images, "picture", None)
+        return self.images[key] if read is None else read(key, "drop")
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self.images)

@@ -6,6 +6,7 @@ import copy
 from pathlib import Path
 from typing import Any
 
+from bagformer.data.images import transparency_of
 from bagformer.models.configuration_bagformer import PROTOCOLS, choose
 from bagformer.models.processing_bagformer import BagFormerProcessor
 
@@ -38,5 +39,7 @@ def with_protocol(
     fresh = BagFormerProcessor.from_config(
         config, processor.tokenizer, dictionary if bagged else None
     )
-    fresh.image_processor = processor.image_processor
+    pictures = copy.copy(processor.image_processor)
+    pictures.transparency = transparency_of(config.protocol)
+    fresh.image_processor = pictures
     return changed, fresh

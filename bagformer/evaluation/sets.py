@@ -55,7 +55,13 @@ def find_set(
         shards = sorted(first.glob("*.tar"))
         kind = kind or _kind_of_folder(first, bool(shards))
     else:
-        kind = kind or kind_of(first.name) or "muge"
+        kind = kind or kind_of(first.name)
+        if kind is None and first.is_file():
+            raise SourceError(
+                f"{first}: neither a folder nor .parquet or .tar by its name: say what it is "
+                "(--source)"
+            )
+        kind = kind or "muge"
     if kind in ("muge", "huggingface") and len(data) > 1:
         raise SourceError(f"{kind} takes one folder, got {len(data)}")
     if kind == "muge":

@@ -11,6 +11,8 @@ from PIL import Image
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 
+from bagformer.data.images import Transparency, check_transparency, to_rgb
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 RESAMPLING = ("nearest", "bilinear", "bicubic", "lanczos")
@@ -45,29 +47,11 @@ def to_pil(image: Any, name: str) -> Image.Image:
     return Image.fromarray(np.ascontiguousarray(image))
 
 
-def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
-    """RGB with 8 bits a channel. Transparency is dropped, not blended, as the original does.
-
-    16-bit grey is scaled to 8 bits; Pillow alone would cut it off at 255.
-    """
-    if 0 in image.size:
-        raise ValueError(f"{name} has no pixels: {image.size}")
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        values = np.asarray(image).astype(np.int64)
-        if image.mode != "I" or values.max() > 255:
-            values = values // 257
-        image = Image.fromarray(values.clip(0, 255).astype(np.uint8))
-    elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")
-    return image.convert("RGB")
-
-
 class BagFormerImageProcessor(BaseImageProcessor):
     """Resize to exactly ``size`` (an int, or height and width), scale to [0, 1], normalise.
 
-    ``resample``: nearest, bilinear, bicubic or lanczos.
+    ``resample``: nearest, bilinear, bicubic or lanczos. ``transparency``: how a picture becomes
+    RGB, "white" or "drop" (what the original did): see :func:`bagformer.data.images.to_rgb`.
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012
@@ -78,6 +62,7 @@ class BagFormerImageProcessor(BaseImageProcessor):
         image_mean: Sequence[float] = CLIP_MEAN,
         image_std: Sequence[float] = CLIP_STD,
         resample: str = "bicubic",
+        transparency: Transparency = "white",
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
@@ -94,14 +79,19 @@ class BagFormerImageProcessor(BaseImageProcessor):
             )
         if resample not in RESAMPLING:
             raise ValueError(f"resample must be one of {', '.join(RESAMPLING)}, got {resample!r}")
+        check_transparency(transparency)
         self.size = dict(size)
         self.image_mean = [float(value) for value in image_mean]
         self.image_std = [float(value) for value in image_std]
         self.resample = resample
+        self.transparency: Transparency = transparency
 
     def one(self, image: Any, name: str = "image") -> Tensor:
         """One picture to float32 ``[3, height, width]``."""
-        rgb = to_rgb(to_pil(image, name), name)
+        picture = to_pil(image, name)
+        if 0 in picture.size:
+            raise ValueError(f"{name} has no pixels: {picture.size}")
+        rgb = to_rgb(picture, self.transparency)
         target = (self.size["width"], self.size["height"])
         if rgb.size != target:
             rgb = rgb.resize(target, getattr(Image.Resampling, self.resample.upper()))

@@ -15,6 +15,7 @@ from transformers.image_processing_utils import BatchFeature
 from transformers.utils import cached_file
 
 from bagformer.bags import Bags, BagSegmenter
+from bagformer.data.images import transparency_of
 from bagformer.dictionary import token_ids_of
 from bagformer.models.configuration_bagformer import PROTOCOL_DEFAULTS, BagFormerConfig
 from bagformer.models.image_processing_bagformer import BagFormerImageProcessor
@@ -132,7 +133,9 @@ class BagFormerProcessor(ProcessorMixin):
             segmenter = BagSegmenter.from_dictionary(
                 dictionary, reader, matcher=config.matcher, masked_tokens=masked
             )
-        image_processor = BagFormerImageProcessor(config.vision_config.image_size)
+        image_processor = BagFormerImageProcessor(
+            config.vision_config.image_size, transparency=transparency_of(config.protocol)
+        )
         return cls(
             image_processor, reader, segmenter, config.max_text_length, bool(config.sep_token)
         )

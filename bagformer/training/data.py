@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import InterpolationMode, v2
 
+from bagformer.data.images import Transparency
 from bagformer.data.records import RecordError
 from bagformer.data.rows import Pairs, SourceError
 from bagformer.data.sources import Source, expand, open_pairs
@@ -23,7 +24,9 @@ from bagformer.training.config import AugmentConfig, ConfigError, SplitConfig, T
 _TRIES = 20
 
 
-def open_split(config: TrainConfig, split: SplitConfig, name: str) -> Pairs:
+def open_split(
+    config: TrainConfig, split: SplitConfig, name: str, transparency: Transparency = "white"
+) -> Pairs:
     """The pairs of one split. Raises FileNotFoundError, RecordError, ImportError for a library that
     is missing, and ConfigError if it has no pairs or a query without pictures (with
     ``on_error: skip`` these are left out)."""
@@ -31,7 +34,7 @@ def open_split(config: TrainConfig, split: SplitConfig, name: str) -> Pairs:
     source = _locate(config, split, name)
     try:
         # a broken picture would end a validation in the middle of the run
-        pairs = open_pairs(source, on_error=mode, decode=name != "train")
+        pairs = open_pairs(source, on_error=mode, decode=name != "train", transparency=transparency)
     except SourceError as error:
         raise ConfigError(f"data.{name}: {error}") from error
     files = source.files

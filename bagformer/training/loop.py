@@ -18,6 +18,7 @@ from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from bagformer.data.images import transparency_of
 from bagformer.training import data, log, seeds
 from bagformer.training.build import build
 from bagformer.training.cached import cached_losses, check_cachable
@@ -90,7 +91,9 @@ class Trainer:
 
     def _open_data(self, validate: Validate | None, progress: bool) -> None:
         config, place = self.config, self.place
-        pairs = data.open_split(config, config.data.train, "train")
+        # as the validation reads them
+        transparency = transparency_of(self.model.config.protocol)
+        pairs = data.open_split(config, config.data.train, "train", transparency)
         self.skipped = data.skipped(pairs)
         self.trained_on = identity(pairs)
         self.relations = data.Relations(pairs)

@@ -21,6 +21,7 @@ from timm.optim import create_optimizer_v2
 from torch import Tensor
 from tqdm import tqdm
 
+from bagformer.data.images import transparency_of
 from bagformer.data.muge import MugeDataset, MugeImages, read_queries
 from bagformer.data.records import write_whole
 from bagformer.evaluation.muge import Loaded, append_log, evaluate_split, write_predictions
@@ -118,7 +119,9 @@ class MugeRun:
 
     def _open(self) -> TrainPairs:
         queries, images = files_of(self.config, "train")
-        pairs = MugeDataset(read_queries(queries), MugeImages(images))
+        # as the evaluation reads them
+        transparency = transparency_of(self.model.config.protocol)
+        pairs = MugeDataset(read_queries(queries), MugeImages(images, transparency=transparency))
         valid_queries, valid_images = files_of(self.config, "valid")
         valid = MugeDataset(read_queries(valid_queries), MugeImages(valid_images))
         # under the original's protocol the size of a batch cuts bags
