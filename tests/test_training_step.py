@@ -71,6 +71,16 @@ def test_options_of_the_scores_reach_the_loss(mask_mode, reduction):
     torch.testing.assert_close(logits, text[:, 0] @ image[:, 0].t() / model.cls_temperature())
 
 
+@pytest.mark.parametrize("options", [LossConfig(), LossConfig(twc=0)])
+def test_accuracy_is_of_texts(options):
+    scores = torch.tensor([[1.0, 3.0, 2.0], [0.0, 1.0, 5.0], [0.0, 2.0, 1.0]])
+    positives = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 1]]).bool()
+    text, image = torch.eye(3)[:, None], scores.t()[:, None]
+    mask = torch.ones(3, 1, dtype=torch.bool)
+    step = TrainStep(tiny_model(), options)
+    assert step.contrast(text, mask, text[:, 0], image, positives)[2].item() == pytest.approx(2 / 3)
+
+
 @pytest.mark.parametrize("hard", [False, True])
 def test_what_the_negatives_are_drawn_by(hard, monkeypatch):
     """All positives are kept out; hard ones go by the CLS tokens, texts in rows."""
