@@ -91,6 +91,7 @@ def test_gradients_are_added_to_what_is_there():
     encoders, loss, texts, images = problem()
     _, once = in_chunks(encoders, loss, texts, images)
     _, twice = in_chunks(encoders, loss, texts, images)
+    assert len(once) == 9
     for name in once:
         torch.testing.assert_close(twice[name], 2 * once[name])
 
@@ -103,6 +104,7 @@ def test_autocast_is_the_same_in_both_passes():
         torch.manual_seed(1)
         found_value, found = in_chunks(encoders, loss, texts, images)
     torch.testing.assert_close(found_value, value)
+    assert found.keys() == wanted.keys() and len(found) == 9
     for name, grad in found.items():
         # sums of bfloat16 gradients in another order
         assert (grad - wanted[name]).norm() <= 2e-2 * wanted[name].norm(), name
@@ -141,6 +143,8 @@ def test_autocast_is_on_for_encoders_and_off_for_gradients():
     passes = [(True, False)] * 3 + [(True, True)] * 3
     assert forwards == {"text": passes, "image": passes}
     assert backwards == [False] * 7
+    # none is lost to weights that the first pass cast
+    assert len(gradients(encoders, loss)) == 9
 
 
 def test_random_numbers_of_the_loss_are_used_up():
