@@ -14,6 +14,7 @@ from support.loss_worlds import (
     model_batch,
     model_losses,
     model_step,
+    narrow_batches,
     step,
     together,
 )
@@ -101,6 +102,22 @@ def test_the_gradient_cache_in_two_processes(worlds, gather):
     for found in worlds[:2]:
         for name, value in truth.items():
             close(found["cached"][gather][name], value)
+
+
+@pytest.mark.parametrize("gather", ["local", "ring"])
+def test_narrow_gradients_are_summed_wide(worlds, gather):
+    """All logits are 0, so each pair sends half of its other side, minus for the right pair: the
+    sum over the processes is to be rounded once."""
+    batches = narrow_batches()
+    for rank, found in enumerate(worlds):
+        for side, grad in enumerate(found["narrow"][gather]):
+            others = [
+                (-0.5 if place == rank else 0.5) * batch[1 - side]
+                for place, batch in enumerate(batches)
+            ]
+            wanted = torch.stack([other.double() for other in others]).sum(dim=0).bfloat16()
+            assert not torch.equal(others[0] + others[1] + others[2], wanted)
+            assert torch.equal(grad, wanted)
 
 
 def test_log_sum_exp_over_processes(worlds):

@@ -42,11 +42,13 @@ def problem(dtype=torch.float64, dropout=0.0, batch=12, sizes=((0, 5, 4), (5, 7,
 
 def gradients(encoders, loss):
     modules = nn.ModuleList([*encoders, loss])
-    return {name: p.grad.clone() for name, p in modules.named_parameters()}
+    named = modules.named_parameters()
+    return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
-def at_once(encoders, loss, texts, images):
-    """One graph through all chunks, padded by hand."""
+def at_once(encoders, loss, texts, images, module=None):
+    """One graph through all chunks, padded by hand; ``module`` has the loss's parameters."""
+    module = loss if module is None else module
     longest = max(inputs.shape[1] for inputs, _ in texts)
     features, masks = [], []
     for inputs, mask in texts:
@@ -56,16 +58,16 @@ def at_once(encoders, loss, texts, images):
     image = torch.cat([encoders[1](chunk) for chunk in images])
     value = loss(torch.cat(features), image, torch.cat(masks))
     value.backward()
-    found = gradients(encoders, loss)
-    nn.ModuleList([*encoders, loss]).zero_grad()
+    found = gradients(encoders, module)
+    nn.ModuleList([*encoders, module]).zero_grad()
     return value.detach(), found
 
 
-def in_chunks(encoders, loss, texts, images):
+def in_chunks(encoders, loss, texts, images, module=None):
     value = cached_step(
         lambda chunk: (encoders[0](chunk[0]), chunk[1]), encoders[1], texts, images, loss
     )
-    return value, gradients(encoders, loss)
+    return value, gradients(encoders, loss if module is None else module)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.4])
@@ -89,6 +91,7 @@ def test_gradients_are_added_to_what_is_there():
     encoders, loss, texts, images = problem()
     _, once = in_chunks(encoders, loss, texts, images)
     _, twice = in_chunks(encoders, loss, texts, images)
+    assert len(once) == 9
     for name in once:
         torch.testing.assert_close(twice[name], 2 * once[name])
 
@@ -101,9 +104,90 @@ def test_autocast_is_the_same_in_both_passes():
         torch.manual_seed(1)
         found_value, found = in_chunks(encoders, loss, texts, images)
     torch.testing.assert_close(found_value, value)
+    assert found.keys() == wanted.keys() and len(found) == 9
     for name, grad in found.items():
         # sums of bfloat16 gradients in another order
         assert (grad - wanted[name]).norm() <= 2e-2 * wanted[name].norm(), name
+
+
+def test_autocast_is_on_for_encoders_and_off_for_gradients():
+    encoders, loss, texts, images = problem(torch.float32)
+    forwards, backwards = {"text": [], "image": []}, []
+
+    def encoder(name, module):
+        def encode(inputs):
+            forwards[name].append((torch.is_autocast_enabled("cpu"), torch.is_grad_enabled()))
+            features = module(inputs)
+            if features.requires_grad:
+                features.register_hook(
+                    lambda grad: backwards.append(torch.is_autocast_enabled("cpu"))
+                )
+            return features
+
+        return encode
+
+    def total(text, image, mask):
+        text.register_hook(lambda grad: backwards.append(torch.is_autocast_enabled("cpu")))
+        return loss(text, image, mask)
+
+    encode_text = encoder("text", encoders[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        cached_step(
+            lambda chunk: (encode_text(chunk[0]), chunk[1]),
+            encoder("image", encoders[1]),
+            texts,
+            images,
+            total,
+        )
+        assert torch.is_autocast_enabled("cpu")
+    passes = [(True, False)] * 3 + [(True, True)] * 3
+    assert forwards == {"text": passes, "image": passes}
+    assert backwards == [False] * 7
+    # none is lost to weights that the first pass cast
+    assert len(gradients(encoders, loss)) == 9
+
+
+def test_random_numbers_of_the_loss_are_used_up():
+    """What is drawn after the step is not what the loss drew."""
+    encoders, loss, texts, images = problem(dropout=0.4)
+    drawn = []
+
+    def total(text, image, mask):
+        drawn.append(torch.rand(3))
+        return loss(text, image, mask)
+
+    torch.manual_seed(1)
+    at_once(encoders, total, texts, images, loss)
+    after = torch.rand(3)
+    torch.manual_seed(1)
+    in_chunks(encoders, total, texts, images, loss)
+    assert torch.equal(torch.rand(3), after)
+    assert torch.equal(*drawn) and not torch.equal(drawn[0], after)
+
+
+@pytest.mark.parametrize("frozen", [(0,), (1,), (0, 1)])
+def test_a_frozen_side(frozen):
+    """It gets no gradient, and the other side its own; dropout shows whose random numbers."""
+    encoders, loss, texts, images = problem(dropout=0.4)
+    for place in frozen:
+        encoders[place].requires_grad_(False)
+    torch.manual_seed(1)
+    value, wanted = at_once(encoders, loss, texts, images)
+    torch.manual_seed(1)
+    found_value, found = in_chunks(encoders, loss, texts, images)
+    torch.testing.assert_close(found_value, value)
+    assert {name[0] for name in wanted} == {"0", "1", "2"} - {str(place) for place in frozen}
+    torch.testing.assert_close(found, wanted)
+
+
+def test_half_a_frozen_encoder():
+    encoders, loss, texts, images = problem()
+    for encoder in encoders:
+        encoder.layers[0].requires_grad_(False)
+    _, wanted = at_once(encoders, loss, texts, images)
+    _, found = in_chunks(encoders, loss, texts, images)
+    assert "0.layers.3.weight" in found and "0.layers.0.weight" not in found
+    torch.testing.assert_close(found, wanted)
 
 
 def test_further_features_reach_the_loss_and_their_encoder():

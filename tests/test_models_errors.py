@@ -86,7 +86,15 @@ def test_integer_pixels_are_refused():
         ({"embed_dim": 0}, "embed_dim must be a positive int"),
         ({"fusion_layer": 4}, "leaves no layer for the matching head"),
         ({"max_text_length": 41}, "exceeds text_config.max_position_embeddings=40"),
-        ({"fusion": "early", "interaction": "tokenwise"}, "needs interaction='bagwise'"),
+        (
+            {"fusion": "early", "interaction": "tokenwise"},
+            "^early fusion encodes bags of embeddings, so there are bags to compare or nothing: "
+            "fusion='early' needs interaction='bagwise', got 'tokenwise'$",
+        ),
+        (
+            {"fusion": "early", "interaction": "cls_token"},
+            "bags to compare or nothing: .* needs interaction='bagwise', got 'cls_token'$",
+        ),
         ({"cls_temperature": 0.0}, "cls_temperature must be above 0"),
         ({"cls_temperature": float("nan")}, "cls_temperature must be above 0"),
         ({"masked_tokens": "[CLS]"}, "masked_tokens must be a list of tokens"),

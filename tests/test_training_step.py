@@ -9,6 +9,9 @@ import timm
 import torch
 from support.models import make_inputs, tiny_model
 
+from bagformer import reference
+from bagformer.losses import multi_positive_cross_entropy
+from bagformer.training import step as step_module
 from bagformer.training.config import (
     ConfigError,
     LossConfig,
@@ -32,8 +35,12 @@ def gradients(model):
     return {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
 
-def test_losses_are_the_models_own():
-    model, inputs = tiny_model(), make_inputs(4)
+@pytest.mark.parametrize("hard", [False, True])
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("mask_mode", ["exclude", "zero"])
+def test_losses_are_the_models_own(mask_mode, reduction, hard):
+    options = {"mask_mode": mask_mode, "reduction": reduction, "hard_negatives": hard}
+    model, inputs = tiny_model(**options), make_inputs(4)
     positives = torch.eye(4, dtype=torch.bool)
     positives[0, 2] = True
     torch.manual_seed(1)
@@ -49,15 +56,95 @@ def test_losses_are_the_models_own():
     assert found["accuracy"].item() == pytest.approx(sum(right) / 4)
 
 
-def test_scores_stay_wide_under_autocast():
-    model, inputs = tiny_model(use_itm_head=False), make_inputs(4)
-    step = TrainStep(model, LossConfig(), "bf16")
-    seen = {}
-    model.vision_proj.register_forward_hook(lambda *a: seen.update(dtype=a[2].dtype))
-    found = step(inputs, torch.eye(4, dtype=torch.bool))
-    assert seen["dtype"] == torch.bfloat16
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+@pytest.mark.parametrize("mask_mode", ["exclude", "zero"])
+def test_options_of_the_scores_reach_the_loss(mask_mode, reduction):
+    """Features that disagree, so that the zeros of masked bags win where they are kept."""
+    model = tiny_model(mask_mode=mask_mode, reduction=reduction)
+    maker = torch.Generator().manual_seed(3)
+    text = torch.rand(4, 5, 16, generator=maker, dtype=torch.float64)
+    image = -torch.rand(4, 3, 16, generator=maker, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 0, 0, 0], [1] * 5, [1, 0, 0, 0, 1], [0, 1, 1, 1, 0]]).bool()
+    positives = torch.eye(4, dtype=torch.bool)
+    positives[0, 2] = True
+    losses, logits, _ = TrainStep(model, LossConfig()).contrast(
+        text, mask, text[:, 0], image, positives
+    )
+    scores = reference.maxsim(text, image, text_mask=mask, mask_mode=mask_mode, reduction=reduction)
+    temperature = model.twc_loss.temperature()
+    truth = 0.5 * (
+        multi_positive_cross_entropy(scores.text_to_image / temperature, positives)
+        + multi_positive_cross_entropy(scores.image_to_text / temperature, positives.t())
+    )
+    torch.testing.assert_close(losses["twc"], truth)
+    torch.testing.assert_close(logits, text[:, 0] @ image[:, 0].t() / model.cls_temperature())
+
+
+@pytest.mark.parametrize("options", [LossConfig(), LossConfig(twc=0)])
+def test_accuracy_is_of_texts(options):
+    scores = torch.tensor([[1.0, 3.0, 2.0], [0.0, 1.0, 5.0], [0.0, 2.0, 1.0]])
+    positives = torch.tensor([[1, 1, 0], [0, 1, 1], [0, 0, 1]]).bool()
+    text, image = torch.eye(3)[:, None], scores.t()[:, None]
+    mask = torch.ones(3, 1, dtype=torch.bool)
+    step = TrainStep(tiny_model(), options)
+    assert step.contrast(text, mask, text[:, 0], image, positives)[2].item() == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_what_the_negatives_are_drawn_by(hard, monkeypatch):
+    """All positives are kept out; hard ones go by the CLS tokens, texts in rows."""
+    model, inputs = tiny_model(hard_negatives=hard), make_inputs(4)
+    positives = torch.eye(4, dtype=torch.bool)
+    positives[0, :3] = positives[1, 3] = True
+    calls, shown = [], []
+    draw, match = step_module.draw_negatives, step_module.match
+
+    def spy_draw(*arguments):
+        calls.append((*arguments, draw(*arguments)))
+        return calls[-1][-1]
+
+    def spy_match(*arguments):
+        shown.append(arguments[-1])
+        return match(*arguments)
+
+    monkeypatch.setattr(step_module, "draw_negatives", spy_draw)
+    monkeypatch.setattr(step_module, "match", spy_match)
+    TrainStep(model, LossConfig())(inputs, positives)
+    ((kept_out, similarity, drawn),) = calls
+    assert torch.equal(kept_out, positives) and shown == [drawn]
+    if not hard:
+        assert similarity is None
+        return
+    output = model(**inputs)
+    text, image = output.text_cls.double(), output.image_cls.double()
+    wanted = (text @ image.t()) / model.cls_temperature().double()
+    assert (wanted - wanted.t()).abs().max() > 0.1
+    torch.testing.assert_close(similarity.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_encoders_are_narrow_and_scores_wide_under_autocast(monkeypatch):
+    model, inputs = tiny_model(), make_inputs(4)
+    positives = torch.eye(4, dtype=torch.bool)
+    dtypes, kept = {}, {}
+    for name in ("text_proj", "vision_proj", "itm_head"):
+        hook = lambda *a, name=name: dtypes.update({name: a[2].dtype})  # noqa: E731
+        getattr(model, name).register_forward_hook(hook)
+    for name in ("get_text_features", "get_image_features"):
+        real = getattr(model, name)
+        keep = lambda *a, name=name, real=real: kept.setdefault(name, real(*a))  # noqa: E731
+        monkeypatch.setattr(model, name, keep)
+    torch.manual_seed(1)
+    found = TrainStep(model, LossConfig(), "bf16")(inputs, positives)
+    assert dtypes == dict.fromkeys(("text_proj", "vision_proj", "itm_head"), torch.bfloat16)
     assert {value.dtype for value in found.values()} == {torch.float32}
-    plain = TrainStep(model, LossConfig())(inputs, torch.eye(4, dtype=torch.bool))
+    text, image = kept["get_text_features"], kept["get_image_features"]
+    logits = text.text_cls.double() @ image.image_features[:, 0].double().t() / model.temp.double()
+    truth = 0.5 * (multi_positive_cross_entropy(logits) + multi_positive_cross_entropy(logits.t()))
+    torch.testing.assert_close(found["loss_ita"].double(), truth, rtol=1e-6, atol=1e-6)
+    monkeypatch.undo()
+    torch.manual_seed(1)
+    plain = TrainStep(model, LossConfig())(inputs, positives)
+    assert set(dtypes.values()) == {torch.float32}
     torch.testing.assert_close(found["loss"], plain["loss"], rtol=0.05, atol=0.05)
 
 
@@ -78,6 +165,28 @@ def test_a_batch_in_pieces_has_the_gradient_of_the_whole(size):
     assert gradients(pieces).keys() == theirs.keys()
     for name, value in gradients(pieces).items():
         torch.testing.assert_close(value, theirs[name], rtol=1e-9, atol=1e-12)
+
+
+def test_pieces_are_encoded_under_autocast_both_times():
+    from bagformer.training.cached import cached_losses
+
+    model, inputs = tiny_model(use_itm_head=False), make_inputs(4)
+    step, positives = TrainStep(model, LossConfig(), "bf16"), torch.eye(4, dtype=torch.bool)
+    step(inputs, positives)["loss"].backward()
+    wanted = gradients(model)
+    model.zero_grad()
+    dtypes = {"text_proj": [], "vision_proj": []}
+    for name, seen in dtypes.items():
+        hook = lambda *a, seen=seen: seen.append((a[2].dtype, a[2].requires_grad))  # noqa: E731
+        getattr(model, name).register_forward_hook(hook)
+    found = cached_losses(step, inputs, (positives, None), 2, 1.0)
+    passes = [(torch.bfloat16, False)] * 2 + [(torch.bfloat16, True)] * 2
+    # the text's bags and its CLS token go through it one after the other
+    twice = [one for one in passes for _ in range(2)]
+    assert dtypes == {"text_proj": twice, "vision_proj": passes}
+    assert {value.dtype for value in found.values()} == {torch.float32}
+    for name, value in gradients(model).items():
+        assert (value - wanted[name]).norm() <= 2e-2 * wanted[name].norm() + 1e-6, name
 
 
 def test_pieces_refuse_the_matching_loss():

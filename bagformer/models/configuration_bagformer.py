@@ -86,7 +86,8 @@ class BagFormerConfig(PreTrainedConfig):
       remaining layers, if ``use_itm_head``, cross-attend to the picture.
     - ``embed_dim``: size of the shared space.
     - ``fusion``: bags are pooled ``late``, from the encoder's output, or ``early``, from its
-      embeddings.
+      embeddings. Early fusion encodes bags of embeddings, so there are bags to compare or nothing:
+      it needs the ``bagwise`` interaction.
     - ``interaction``: ``bagwise``, ``tokenwise`` (every token a bag) or ``cls_token`` (one vector
       for a text, one for a picture).
     - ``protocol``: ``original`` reproduces the published code, ``corrected`` is right. It sets the
@@ -168,6 +169,7 @@ class BagFormerConfig(PreTrainedConfig):
             )
         if self.fusion == "early" and self.interaction != "bagwise":
             raise ValueError(
+                "early fusion encodes bags of embeddings, so there are bags to compare or nothing: "
                 f"fusion='early' needs interaction='bagwise', got {self.interaction!r}"
             )
         for name in ("use_itm_head", "hard_negatives", "sep_token"):

@@ -220,6 +220,29 @@ def in_a_model(rank: int, group: Any) -> dict[str, Any]:
     return found
 
 
+def narrow_batches() -> list[tuple[Tensor, Tensor]]:
+    """bfloat16 ``text [1, 1, 128]`` and ``image [1, 1, 128]`` of each of three processes, every
+    inner product 0."""
+    maker = torch.Generator().manual_seed(7)
+    values = torch.randn(3, 2, 64, generator=maker).bfloat16()
+    nothing = torch.zeros(64, dtype=torch.bfloat16)
+    return [
+        (torch.cat([text, nothing])[None, None], torch.cat([nothing, image])[None, None])
+        for text, image in values
+    ]
+
+
+def narrow_sums(rank: int, gather: str, group: Any) -> tuple[Tensor, Tensor]:
+    """Gradients of bfloat16 features under the sigmoid loss with a bias of 0."""
+    text, image = (side.requires_grad_() for side in narrow_batches()[rank])
+    loss = BagwiseContrastiveLoss(
+        "text_to_image", objective="sigmoid", gather=gather, process_group=group
+    )
+    torch.nn.init.zeros_(loss.bias)
+    loss(text, image).backward()
+    return text.grad, image.grad
+
+
 # Of each of three processes: far apart, all without a number, one NaN.
 EXPONENTS = [
     [0.0, 1e3, -math.inf, 5.0, 1.0],
@@ -253,6 +276,9 @@ def _work(rank: int, folder: str, two: list[Case], three: list[Case]) -> None:
     pair = dist.new_group([0, 1])
     found = {"three": _cases(rank, dist.group.WORLD, three, ("ring",))}
     found["log-sum-exp"] = logsumexp_over(torch.tensor(EXPONENTS[rank]), dist.group.WORLD)
+    found["narrow"] = {
+        gather: narrow_sums(rank, gather, dist.group.WORLD) for gather in ("local", "ring")
+    }
     found["largest"] = {gather: largest(rank, gather) for gather in ("local", "ring")}
     if rank < 2:
         found["two"] = _cases(rank, pair, two, ("none", "local", "ring"))
