@@ -15,13 +15,15 @@ COMMAND = [sys.executable, "-m", "bagformer.cli"]
 
 
 def start(*arguments, **environment):
-    """A real process; its environment knows no UTF-8."""
+    """A real process; its environment knows no UTF-8, and Ctrl-C reaches it even where the tests
+    run in the background of a shell, which has it ignored."""
     return subprocess.Popen(
         [*COMMAND, *map(os.fsencode, arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         env={"PATH": os.environ["PATH"], "OMP_NUM_THREADS": "1", "LANG": "C", **environment},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
 
 
