@@ -10,13 +10,9 @@
 #include <type_traits>
 
 #include "cpu/numbers.h"
+#include "cpu/target.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#elif defined(__GNUC__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+BAGFORMER_TARGET_BEGIN("avx2,fma,f16c")
 
 namespace bagformer {
 namespace {
@@ -33,9 +29,5 @@ const CpuKernels& avx2_kernels() {
 
 }  // namespace bagformer
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#elif defined(__GNUC__)
-#pragma GCC pop_options
-#endif
+BAGFORMER_TARGET_END
 #endif

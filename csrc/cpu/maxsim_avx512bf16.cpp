@@ -13,15 +13,9 @@
 #include <type_traits>
 
 #include "cpu/numbers.h"
+#include "cpu/target.h"
 
-#if defined(__clang__)
-#pragma clang attribute push(                                                     \
-    __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma"))), \
-    apply_to = function)
-#elif defined(__GNUC__)
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
-#endif
+BAGFORMER_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,fma")
 
 // GCC's own intrinsics start from a register that is deliberately undefined (its bug 105593).
 #if defined(__GNUC__) && !defined(__clang__)
@@ -79,9 +73,5 @@ const CpuKernels& avx512bf16_kernels() {
 
 }  // namespace bagformer
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#elif defined(__GNUC__)
-#pragma GCC pop_options
-#endif
+BAGFORMER_TARGET_END
 #endif

@@ -10,12 +10,9 @@
 #include <cstring>
 #include <limits>
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
-#elif defined(__GNUC__)
-#pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
-#endif
+#include "cpu/target.h"
+
+BAGFORMER_TARGET_BEGIN("avx2,fma,f16c")
 
 namespace bagformer {
 namespace {
@@ -65,9 +62,5 @@ const Int8Kernels& avx2_int8_kernels() {
 
 }  // namespace bagformer
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#elif defined(__GNUC__)
-#pragma GCC pop_options
-#endif
+BAGFORMER_TARGET_END
 #endif

@@ -8,13 +8,9 @@
 #include <cstdint>
 #include <limits>
 
-#if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma"))), \
-                             apply_to = function)
-#elif defined(__GNUC__)
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,fma")
-#endif
+#include "cpu/target.h"
+
+BAGFORMER_TARGET_BEGIN("avx512f,avx512bw,avx512dq,avx512vl,fma")
 
 // GCC's own intrinsics start from a register that is deliberately undefined (its bug 105593).
 #if defined(__GNUC__) && !defined(__clang__)
@@ -60,9 +56,5 @@ const Int8Kernels& avx512_int8_kernels() {
 
 }  // namespace bagformer
 
-#if defined(__clang__)
-#pragma clang attribute pop
-#elif defined(__GNUC__)
-#pragma GCC pop_options
-#endif
+BAGFORMER_TARGET_END
 #endif
