@@ -54,15 +54,7 @@ struct BF16x32 : F32x16 {
 }  // namespace
 
 const CpuKernels& avx512bf16_kernels() {
-    static const MaxSimKernels<float, BFloat16Pair> pairs = [] {
-        MaxSimKernels<float, BFloat16Pair> made = kernels_over<BF16x32>();
-        made.pack_bf16 = pack_panel<BF16x32, BFloat16Pair>;
-        made.pack_i8 = pack_panel<BF16x32, NarrowPair<int8_t>>;
-        made.pack_f8 = pack_panel<BF16x32, NarrowPair<Float8>>;
-        made.turned_i8 = score_turned<BF16x32, NarrowPair<int8_t>>;
-        made.turned_f8 = score_turned<BF16x32, NarrowPair<Float8>>;
-        return made;
-    }();
+    static const MaxSimKernels<float, BFloat16Pair> pairs = pair_kernels_over<BF16x32>();
     static const CpuKernels kernels = [] {
         CpuKernels made = avx512_kernels();
         made.pairs = &pairs;

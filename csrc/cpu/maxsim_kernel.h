@@ -230,6 +230,18 @@ MaxSimKernels<float> f32_kernels_over() {
     return kernels;
 }
 
+// Of a Vec that multiplies pairs of bfloat16; eight-bit images are made such pairs.
+template <class Vec>
+MaxSimKernels<float, BFloat16Pair> pair_kernels_over() {
+    MaxSimKernels<float, BFloat16Pair> kernels = kernels_over<Vec>();
+    kernels.pack_bf16 = pack_panel<Vec, BFloat16Pair>;
+    kernels.pack_i8 = pack_panel<Vec, NarrowPair<int8_t>>;
+    kernels.pack_f8 = pack_panel<Vec, NarrowPair<Float8>>;
+    kernels.turned_i8 = score_turned<Vec, NarrowPair<int8_t>>;
+    kernels.turned_f8 = score_turned<Vec, NarrowPair<Float8>>;
+    return kernels;
+}
+
 template <class Vec>
 CpuKernels cpu_kernels_over(const MaxSimKernels<float>& f32) {
     return {f32,

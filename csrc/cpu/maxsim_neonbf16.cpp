@@ -75,15 +75,7 @@ struct BF16x8 : F32x4 {
 }  // namespace
 
 const CpuKernels& neonbf16_kernels() {
-    static const MaxSimKernels<float, BFloat16Pair> pairs = [] {
-        MaxSimKernels<float, BFloat16Pair> made = kernels_over<BF16x8>();
-        made.pack_bf16 = pack_panel<BF16x8, BFloat16Pair>;
-        made.pack_i8 = pack_panel<BF16x8, NarrowPair<int8_t>>;
-        made.pack_f8 = pack_panel<BF16x8, NarrowPair<Float8>>;
-        made.turned_i8 = score_turned<BF16x8, NarrowPair<int8_t>>;
-        made.turned_f8 = score_turned<BF16x8, NarrowPair<Float8>>;
-        return made;
-    }();
+    static const MaxSimKernels<float, BFloat16Pair> pairs = pair_kernels_over<BF16x8>();
     static const CpuKernels kernels = [] {
         CpuKernels made = neon_kernels();
         made.pairs = &pairs;
