@@ -56,13 +56,22 @@ def scores() -> str:
     )
 
 
+def _ceiling(row: dict[str, Any], goal: dict[str, Any]) -> str:
+    """What a kernel at the processor's own rate would have reached of a missed ratio."""
+    share = row["contenders"]["ours"].get("of_peak")
+    if "least" not in goal or share is None:
+        return ""
+    most = goal["reached"] / share
+    return f" (at {share:.2f} of the processor's peak; at the peak it would be {most:.2f})"
+
+
 def _goals(rows: list[dict[str, Any]]) -> str:
     """The goals that were missed, or that none was."""
     judged = [(row, goal) for row in rows for goal in row["goals"] if goal["met"] is not None]
     missed = [
         f"{row['name']}, {row['dtype']}, {RIVALS.get(goal['against'], goal['against'])}: "
         f"{goal['reached']:.2f}, {'at most' if 'most' in goal else 'at least'} "
-        f"{goal.get('most', goal.get('least')):.2f} was set"
+        f"{goal.get('most', goal.get('least')):.2f} was set{_ceiling(row, goal)}"
         for row, goal in judged
         if not goal["met"]
     ]
