@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 
 from bagformer.bags import BagSegmenter
-from bagformer.losses import BagwiseContrastiveLoss, multi_positive_cross_entropy
+from bagformer.losses import BagwiseContrastiveLoss
 from bagformer.models.configuration_bagformer import BagFormerConfig
 from bagformer.models.conversion import BACKBONE, select
 from bagformer.models.image_processing_bagformer import BagFormerImageProcessor
 from bagformer.models.modeling_bagformer import BagFormerForRetrieval
+from bagformer.ops.contrastive_loss import contrastive_loss
 from bagformer.ops.maxsim import maxsim, maxsim_pairs
 from bagformer.ops.maxsim_topk import maxsim_topk
 
@@ -90,9 +91,7 @@ def ngramwise_similarity_loss(text_feats: Tensor, image_feats: Tensor) -> Tensor
     ``image_feats [N, I, D]``."""
     image_to_text = torch.stack([ngramwise_similarity(image, text_feats) for image in image_feats])
     text_to_image = torch.stack([ngramwise_similarity(text, image_feats) for text in text_feats])
-    return 0.5 * (
-        multi_positive_cross_entropy(image_to_text) + multi_positive_cross_entropy(text_to_image)
-    )
+    return contrastive_loss(text_to_image, image_to_text)
 
 
 def _sparse(values: Tensor, indices: Tensor) -> list[dict[int, float]]:

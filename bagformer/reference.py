@@ -18,6 +18,7 @@ from torch import Tensor
 MASK_MODES = ("exclude", "zero")
 DIRECTIONS = ("both", "text_to_image", "image_to_text")
 REDUCTIONS = ("sum", "mean")
+OBJECTIVES = ("softmax", "sigmoid")
 # what is stored, and the largest magnitude that it is used for
 QUANTIZED_DTYPES = {"int8": (torch.int8, 127.0), "fp8_e4m3": (torch.float8_e4m3fn, 448.0)}
 MATCHERS = ("leftmost_longest", "original", "backward_max")
@@ -282,6 +283,29 @@ def maxsim_topk(
     # a stable descending sort keeps the lower index first among equals, and puts NaN first
     values, order = torch.sort(scores, dim=1, descending=True, stable=True)
     return TopK(values[:, :k], order[:, :k])
+
+
+def contrastive_loss(scores, positives, temperature=1.0, bias=None, objective="softmax") -> Tensor:
+    """Mean over the directions of the mean over their rows.
+
+    ``scores``: ``[Nt, Ni]`` and ``[Ni, Nt]``, one of which may be None; ``positives [Nt, Ni]``
+    bool. Logits are scores over ``temperature``, plus ``bias[0]`` or ``bias[1]``. A row of
+    ``softmax`` has the mean over its positives of -log softmax; one of ``sigmoid`` the sum over its
+    columns of -log sigmoid(z logit), z = 1 for a positive, else -1. In at least float32.
+    """
+    means = []
+    for place, (matrix, true) in enumerate(zip(scores, (positives, positives.t()), strict=True)):
+        if matrix is None:
+            continue
+        logits = matrix.to(accumulation_dtype(matrix.dtype)) / temperature
+        logits = logits if bias is None else logits + bias[place]
+        if objective == "softmax":
+            rows = [-row.log_softmax(0)[its].mean() for row, its in zip(logits, true, strict=True)]
+            means.append(torch.stack(rows).mean())
+        else:
+            each = torch.nn.functional.logsigmoid(torch.where(true, logits, -logits))
+            means.append(-each.sum(dim=1).mean())
+    return torch.stack(means).mean()
 
 
 def leftmost_longest_starts(ids: Sequence[int], entities: set[tuple[int, ...]]) -> list[int]:

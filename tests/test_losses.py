@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.autograd.graph import saved_tensors_hooks
 
 from bagformer import BagwiseContrastiveLoss, reference
-from bagformer.losses import TEMPERATURE_RANGE, multi_positive_cross_entropy
+from bagformer.losses import TEMPERATURE_RANGE
 
 
 def features(texts=4, images=4, bags=5, patches=7, size=8, dtype=torch.float64, seed=0):
@@ -87,19 +87,6 @@ def test_the_papers_loss_is_two_cross_entropies_on_the_diagonal():
     truth = F.cross_entropy(similarity.amax(3).sum(2), target)
     truth = (truth + F.cross_entropy(similarity.amax(2).sum(2).t(), target)) / 2
     torch.testing.assert_close(loss, truth)
-
-
-def test_all_positive_rows_have_their_lowest_loss_at_equal_scores():
-    every = torch.ones(3, 3, dtype=torch.bool)
-    level = multi_positive_cross_entropy(torch.zeros(3, 3), every)
-    torch.testing.assert_close(level, torch.tensor(math.log(3)))
-    assert multi_positive_cross_entropy(torch.randn(3, 3), every) > level
-
-
-def test_minus_infinity_on_a_negative_is_no_nan():
-    logits = torch.tensor([[1.0, float("-inf")], [0.0, 2.0]])
-    positives = torch.eye(2, dtype=torch.bool)
-    assert torch.isfinite(multi_positive_cross_entropy(logits, positives))
 
 
 def test_a_nan_feature_makes_the_loss_nan():

@@ -11,15 +11,13 @@ from torch import Tensor, nn
 from bagformer.losses.distributed import GATHERS, Rule, gathered_loss
 from bagformer.losses.layout import Sides
 from bagformer.losses.objectives import (
-    OBJECTIVES,
     check_ids,
     check_positives,
-    multi_positive_cross_entropy,
-    pairwise_logistic,
     positives_from_ids,
 )
+from bagformer.ops.contrastive_loss import contrastive_loss
 from bagformer.ops.maxsim import maxsim
-from bagformer.reference import DIRECTIONS, MASK_MODES, REDUCTIONS
+from bagformer.reference import DIRECTIONS, MASK_MODES, OBJECTIVES, REDUCTIONS
 
 # Where a learned temperature starts: sums over tokens are already large, means are not.
 START = {"sum": 1.0, "mean": 0.07}
@@ -131,32 +129,17 @@ class BagwiseContrastiveLoss(nn.Module):
 
         Both are whole: ``gather`` plays no part here.
         """
-        used = [s for s in (text_to_image, image_to_text) if s is not None]
-        first, second = used[0].shape
-        shape = (first, second) if text_to_image is not None else (second, first)
-        if 0 in shape:
-            raise ValueError(f"the loss needs at least one text and one image, got {list(shape)}")
-        if positives is None and shape[0] != shape[1]:
-            raise ValueError(
-                f"without positives, text b belongs to image b: expected as many texts as images, "
-                f"got {shape[0]} and {shape[1]}"
-            )
         if positives is not None and not torch.compiler.is_compiling():
-            check_positives(positives, shape)
-        temperature = self.temperature()
-        one = multi_positive_cross_entropy if self.objective == "softmax" else pairwise_logistic
-        losses = []
-        for place, (scores, targets) in enumerate(
-            (
-                (text_to_image, positives),
-                (image_to_text, None if positives is None else positives.t()),
-            )
-        ):
-            if scores is not None:
-                logits = scores if temperature is None else scores / temperature
-                logits = logits if self.bias is None else logits + self.bias[place]
-                losses.append(one(logits, targets))
-        return torch.stack(losses).mean()
+            first = image_to_text.t() if text_to_image is None else text_to_image
+            check_positives(positives, first.shape)
+        return contrastive_loss(
+            text_to_image,
+            image_to_text,
+            positives=positives,
+            temperature=self.temperature(),
+            bias=self.bias,
+            objective=self.objective,
+        )
 
     def forward(
         self,

@@ -28,9 +28,15 @@ from bagformer.losses.collectives import (
     sum_over,
 )
 from bagformer.losses.layout import Choice, Layout, Sides, Targets, exchange, need_processes
-from bagformer.losses.objectives import OBJECTIVES, logistic_sum
+from bagformer.losses.objectives import logistic_sum
 from bagformer.ops.maxsim import maxsim
-from bagformer.reference import DIRECTIONS, MASK_MODES, REDUCTIONS, accumulation_dtype
+from bagformer.reference import (
+    DIRECTIONS,
+    MASK_MODES,
+    OBJECTIVES,
+    REDUCTIONS,
+    accumulation_dtype,
+)
 
 GATHERS = ("none", "local", "ring")
 

@@ -1,4 +1,4 @@
-"""What is done with a matrix of logits: cross-entropy, pairwise logistic; and who is positive."""
+"""Who belongs together, and sums over pairs for losses that lie over many processes."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bagformer.reference import accumulation_dtype
-
-OBJECTIVES = ("softmax", "sigmoid")
 
 
 def check_positives(positives: Tensor, shape: tuple[int, int]) -> None:
@@ -66,32 +64,6 @@ def positives_from_ids(text_ids: Tensor | None, image_ids: Tensor | None) -> Ten
     for ids in given:
         same = same | (ids[:, None] == ids[None, :])
     return same
-
-
-def multi_positive_cross_entropy(logits: Tensor, positives: Tensor | None = None) -> Tensor:
-    """Mean over the rows of the mean over a row's positives of -log softmax.
-
-    ``logits [R, C]``; ``positives [R, C]`` bool, or None for the diagonal. Computed in at least
-    float32. The targets are uniform on a row's positives.
-    """
-    logits = logits.to(accumulation_dtype(logits.dtype))
-    log_probs = logits.log_softmax(dim=1)
-    if positives is None:
-        return -log_probs.diagonal().mean()
-    # where, not multiplication: -inf * 0 is NaN
-    picked = torch.where(positives, log_probs, torch.zeros_like(log_probs)).sum(dim=1)
-    return -(picked / positives.sum(dim=1)).mean()
-
-
-def pairwise_logistic(logits: Tensor, positives: Tensor | None = None) -> Tensor:
-    """Mean over the rows of the sum over the columns of -log sigmoid(z * logit).
-
-    ``z`` is 1 for a positive and -1 for any other pair. ``logits [R, C]``; ``positives [R, C]``
-    bool, or None for the diagonal. Computed in at least float32.
-    """
-    if positives is None:
-        positives = torch.eye(*logits.shape, dtype=torch.bool, device=logits.device)
-    return -logistic_sum(logits, positives) / len(logits)
 
 
 def logistic_sum(logits: Tensor, positives: Tensor) -> Tensor:

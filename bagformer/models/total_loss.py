@@ -12,13 +12,13 @@ from torch import Tensor
 from bagformer.losses import (
     check_positives,
     gathered_loss,
-    multi_positive_cross_entropy,
     positives_from_ids,
 )
 from bagformer.losses.distributed import Rule
 from bagformer.losses.layout import Sides, need_processes, own_columns, refuse_together
 from bagformer.losses.objectives import check_ids, check_positives_shape
 from bagformer.models.fusion import draw_negatives, given_negatives, match
+from bagformer.ops.contrastive_loss import contrastive_loss
 from bagformer.reference import accumulation_dtype
 
 # The paper's total: CLS tokens against CLS tokens, matching, and late interaction, evenly.
@@ -155,11 +155,7 @@ def _cls_tokens(
     model: Any, output: Any, labels: Labels, positives: Tensor | None, logits: Tensor
 ) -> Tensor:
     if model.loss_gather == "none":
-        flipped = None if positives is None else positives.t()
-        return 0.5 * (
-            multi_positive_cross_entropy(logits, positives)
-            + multi_positive_cross_entropy(logits.t(), flipped)
-        )
+        return contrastive_loss(logits, logits.t(), positives=positives)
     # one bag and one patch each: late interaction is the inner product
     sides = Sides(output.text_cls[:, None], output.image_cls[:, None], None, None, *labels)
     options = Rule(), model.loss_gather, model.cls_temperature(), None

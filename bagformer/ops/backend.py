@@ -14,6 +14,7 @@ from bagformer.ops._checks import check_choice, check_tensor
 BACKENDS = ("cpu", "triton", "torch", "reference")
 OPERATORS = (
     "bag_pool",
+    "contrastive_loss",
     "l2_normalize",
     "maxsim",
     "maxsim_candidates",

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bagformer.losses import gathered_loss, multi_positive_cross_entropy
+from bagformer.losses import gathered_loss
 from bagformer.losses.distributed import Rule
 from bagformer.losses.layout import Sides
 from bagformer.models.fusion import draw_negatives, match
+from bagformer.ops.contrastive_loss import contrastive_loss
 from bagformer.ops.maxsim import maxsim
 from bagformer.reference import accumulation_dtype
 from bagformer.training.config import ConfigError, LossConfig
@@ -131,10 +132,7 @@ class TrainStep(nn.Module):
             gather, temperature = self.options.gather, model.cls_temperature()
             losses["ita"] = gathered_loss(sides, Rule(), gather, temperature, None, None)
         elif "ita" in self.weights:
-            losses["ita"] = 0.5 * (
-                multi_positive_cross_entropy(logits, positives)
-                + multi_positive_cross_entropy(logits.t(), positives.t())
-            )
+            losses["ita"] = contrastive_loss(logits, logits.t(), positives=positives)
         ranked = logits
         if "twc" in self.weights and wide_positives is not None:
             losses["twc"] = model.twc_loss(text, image, text_mask, positives=wide_positives)
