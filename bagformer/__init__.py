@@ -15,6 +15,7 @@ __version__ = "0.1.0"
 
 _HOME = {
     "bag_pool": "bagformer.ops.bag_pool",
+    "contrastive_loss": "bagformer.ops.contrastive_loss",
     "l2_normalize": "bagformer.ops.l2_normalize",
     "maxsim": "bagformer.ops.maxsim",
     "maxsim_pairs": "bagformer.ops.maxsim",

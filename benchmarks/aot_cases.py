@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from bagformer.kernels import bag_pool, gradients, maxsim_quantized, normalize, scoring, topk
+from bagformer.kernels import (
+    bag_pool,
+    contrastive_loss,
+    gradients,
+    maxsim_quantized,
+    normalize,
+    scoring,
+    topk,
+)
 
 Case = tuple[str, dict[str, int], Callable[[dict[str, int]], None]]
 
@@ -69,6 +77,16 @@ def _pool(shape: dict[str, int], dtype: torch.dtype) -> None:
     normalize.l2_normalize_backward(hidden, hidden)
 
 
+def _loss(shape: dict[str, int], positives: bool, softmax: bool) -> None:
+    """A learned temperature; a bias where it is sigmoid."""
+    texts, images = shape["texts"], shape["images"]
+    scores = empty(texts, images), empty(images, texts)
+    true = empty(texts, images, dtype=torch.bool) if positives else None
+    options = true, empty(), None if softmax else empty(2), 1.0, softmax
+    _, rows, slopes = contrastive_loss.contrastive_loss_forward(*scores, *options)
+    contrastive_loss.contrastive_loss_backward(empty(), *scores, rows, slopes, *options)
+
+
 def _topk(shape: dict[str, int], dtype: torch.dtype) -> None:
     text = empty(shape["texts"], shape["bags"], shape["width"], dtype=dtype)
     image = empty(shape["images"], shape["patches"], shape["width"], dtype=dtype)
@@ -100,6 +118,10 @@ def cases(full: bool) -> list[Case]:
         ("bf16 D=256", shape, lambda s: _pool(s, bf16)),
         ("k=10", {**shape, "texts": 64}, lambda s: _topk(s, bf16)),
         ("bf16 D=256, sorted", shape, lambda s: _forward(s, bf16, False, "sorted")),
+        ("softmax", shape, lambda s: _loss(s, False, True)),
+        ("softmax, positives", shape, lambda s: _loss(s, True, True)),
+        ("sigmoid", shape, lambda s: _loss(s, False, False)),
+        ("sigmoid, positives", shape, lambda s: _loss(s, True, False)),
     ]
     for name, stored in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
         listed += [

@@ -18,6 +18,7 @@ pytest.importorskip("triton", reason="Triton has no wheel for this platform")
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100")
 MATRIX = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA"}
+LOSS = ("contrastive_rows_kernel", "contrastive_sum_kernel", "contrastive_gradient_kernel")
 SCORING = (
     "maxsim_forward_kernel",
     "maxsim_quantized_kernel",
@@ -78,7 +79,7 @@ def test_nothing_spills_but_what_is_known(rows):
     assert {row["kernel"] for row in rows} >= {
         *SCORING, "nan_argmax_kernel", "bag_pool_forward_kernel", "bag_pool_backward_kernel",
         "l2_normalize_forward_kernel", "l2_normalize_backward_kernel", "plan_kernel",
-        "merge_kernel", "unpack_kernel",
+        "merge_kernel", "unpack_kernel", *LOSS,
     }  # fmt: skip
     known = KNOWN_SPILLS["3.8.0"]
     for row in rows:
@@ -144,9 +145,9 @@ def test_what_the_operators_launch_compiles_and_fits(target, tmp_path):
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["kernel"] for row in found} == {
         *SCORING, "nan_argmax_kernel", "bag_pool_forward_kernel", "bag_pool_backward_kernel",
-        "l2_normalize_backward_kernel", "plan_kernel", "merge_kernel", "unpack_kernel",
+        "l2_normalize_backward_kernel", "plan_kernel", "merge_kernel", "unpack_kernel", *LOSS,
     }  # fmt: skip
-    assert len({row["call"] for row in found}) == 7
+    assert len({row["call"] for row in found}) == 9
     assert [row for row in found if row["programs_per_sm"] < 1] == []
 
 

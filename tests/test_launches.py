@@ -14,12 +14,12 @@ if torch.cuda.is_available():
 
 from support.launches import SynchronisationError, recording
 
-from bagformer import reference
+from bagformer import BagwiseContrastiveLoss, reference
 from bagformer.ops import _maxsim_ops
 
-bag_pool, l2_normalize, maxsim_topk = (
+bag_pool, contrastive_loss, l2_normalize, maxsim_topk = (
     importlib.import_module(f"bagformer.ops.{name}")
-    for name in ("bag_pool", "l2_normalize", "maxsim_topk")
+    for name in ("bag_pool", "contrastive_loss", "l2_normalize", "maxsim_topk")
 )
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 
@@ -116,6 +116,40 @@ def test_a_masked_step_takes_at_most_six_everywhere(monkeypatch, family, width, 
             found.clear()
             scored(text, image, masks, mask_mode=mode)
             assert len(found) <= 6, names(found)
+
+
+@pytest.mark.parametrize("objective", reference.OBJECTIVES)
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("labels", [False, True])
+def test_the_loss_of_scores_is_two_launches_and_one_back(labels, learned, objective):
+    with recording() as found:
+        scores = empty(64, 96, dtype=FP32), empty(96, 64, dtype=FP32)
+        positives = keeps(64, 96)
+        if not labels:
+            scores, positives = (scores[0][:, :64], scores[1][:64]), None
+        temperature = empty(dtype=FP32) if learned else None
+        bias = empty(2, dtype=FP32) if objective == "sigmoid" else None
+        given = *scores, positives, temperature, bias, 0.07, objective, "triton"
+        _, *left = contrastive_loss._run(*given)
+        grads = contrastive_loss._run_backward(empty(dtype=FP32), *left, *given)
+        assert names(found) == [
+            "contrastive_rows_kernel", "contrastive_sum_kernel", "contrastive_gradient_kernel"
+        ]  # fmt: skip
+        assert [one.shape for one in grads] == [scores[0].shape, scores[1].shape, (3,)]
+
+
+@pytest.mark.parametrize("learned", [None, "learn", 0.07])
+def test_the_loss_s_forward_adds_nothing_of_pytorch_s(learned):
+    """But what a learned temperature takes: kept in range, from its logarithm."""
+    with recording() as found:
+        text = empty(1024, 25, 256).requires_grad_()
+        image = empty(1024, 257, 256).requires_grad_()
+        with torch.device("cuda"):
+            loss = BagwiseContrastiveLoss(temperature=learned)
+        found.clear()
+        assert loss(text, image).requires_grad
+        own = ["clamp_", "exp"] if learned == "learn" else []
+        assert names(found) == ["bagformer::maxsim", *own, "bagformer::contrastive_loss"]
 
 
 def test_top_k_of_one_stripe_is_three_launches():

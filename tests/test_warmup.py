@@ -14,7 +14,14 @@ import torch
 
 import bagformer
 from bagformer import reference
-from bagformer.ops import _maxsim_ops, bag_pool, l2_normalize, maxsim_quantized, maxsim_topk
+from bagformer.ops import (
+    _maxsim_ops,
+    bag_pool,
+    contrastive_loss,
+    l2_normalize,
+    maxsim_quantized,
+    maxsim_topk,
+)
 from bagformer.ops import warmup as warming
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -132,12 +139,28 @@ def request(texts, images, bags, *, patches=257, width=256, hidden=768, dtype=BF
             settings = mode, reduction, *tail, True, True
             slopes = (score if score.numel() else None for score in out[:2])
             _maxsim_ops._run_backward(*slopes, *sides, *out[2:4], *settings, out[4])
+    if training and not candidates:
+        for kept in (None, empty(texts, images, dtype=torch.bool)):
+            loss_of(out[:2], kept, directions)
     if training:
         bag_pool._run_backward(pooled, None, offsets, None, bags + 3, 1e-12, "triton")
     if k:
         for direction in maxsim_topk.TOPK_DIRECTIONS:
             given = text, image, text_mask, image_mask, k, direction, mode, reduction, *tail
             maxsim_topk._run(*given)
+
+
+def loss_of(scores, positives, directions):
+    """As the model has it: a learned temperature, and none with a transposed matrix."""
+    t2i, i2t = (one if one.numel() else None for one in scores)
+    temperature, bias = empty(dtype=FP32), empty(2, dtype=FP32)
+    forms = [(t2i, i2t, positives, temperature, None, 1.0, "softmax")]
+    forms += [(t2i, i2t, positives, temperature, bias, 1.0, "sigmoid")]
+    if directions == "both":
+        forms += [(t2i, t2i.t(), positives, None, None, 0.07, "softmax")]
+    for form in forms:
+        _, *left = contrastive_loss._run(*form, "triton")
+        contrastive_loss._run_backward(empty(dtype=FP32), *left, *form, "triton")
 
 
 CASES = {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from bagformer.ops import (
     _bag_pool_triton,
+    _contrastive_loss_triton,
     _l2_normalize_triton,
     _maxsim_quantized_triton,
     _maxsim_topk_triton,
@@ -21,13 +23,14 @@ from bagformer.ops import (
     _triton,
 )
 from bagformer.ops._checks import check_choice, check_flag
+from bagformer.ops._contrastive_loss_torch import Inputs as LossInputs
 from bagformer.ops._maxsim_torch import Options
 from bagformer.ops.backend import choose_backend
 from bagformer.reference import DIRECTIONS, MASK_MODES, QUANTIZED_DTYPES, REDUCTIONS
 
 MODULES = (
-    *("bag_pool", "maxsim", "maxsim_backward", "maxsim_quantized", "nan_argmax", "normalize"),
-    *("plan", "topk"),
+    *("bag_pool", "contrastive_loss", "maxsim", "maxsim_backward", "maxsim_quantized"),
+    *("nan_argmax", "normalize", "plan", "topk"),
 )
 MERGED = 1024
 # Tiles stop growing long before this many texts; by this many pairs, if ever, texts are sorted by
@@ -166,6 +169,20 @@ def _run_scores(request: _Request, texts: int, *images: int) -> None:
         _maxsim_triton.backward(slopes, *sides, chosen, options, wants, False, plan)
 
 
+def _run_loss(device: torch.device, options: Options) -> None:
+    """Cross-entropy over a learned temperature, none or one number; a sigmoid has its bias."""
+    scores = torch.zeros(1, 1, device=device)
+    wanted = scores if options.wants_text else None, scores if options.wants_image else None
+    true = torch.ones(1, 1, dtype=torch.bool, device=device)
+    one, bias = scores[0, 0], scores[0].expand(2)
+    for positives, (temperature, shift, objective) in itertools.product(
+        (None, true), ((None, None, "softmax"), (one, None, "softmax"), (one, bias, "sigmoid"))
+    ):
+        inputs = LossInputs(*wanted, positives, temperature, shift, 1.0, objective)
+        _, *left = _contrastive_loss_triton.forward(inputs)
+        _contrastive_loss_triton.backward(one, inputs, *left[:2])
+
+
 def _run_quantized(request: _Request, stored: torch.dtype, texts: int, *images: int) -> None:
     text, image, text_mask, image_mask = request.sides(texts, *images)
     values, scales = image.to(stored), image[..., 0].float().contiguous()
@@ -282,7 +299,7 @@ def warmup(
             a mask are sorted, so name the sizes that matter, such as ``(1, 256)``.
         masks: whether texts, and whether images, come with a mask.
         mask_mode, directions, reduction, precision: as in ``maxsim``.
-        training: gradients too.
+        training: gradients too, and the contrastive loss.
         candidates: also the candidate form with this many images for each text; 1 for
             ``maxsim_pairs``.
         k: also ``maxsim_topk`` with this ``k``.
@@ -331,6 +348,8 @@ def warmup(
     begin, before = time.perf_counter(), _compiled()
     options = Options(mode, directions, reduced, precision)
     with torch.no_grad():
+        if training:
+            _run_loss(place, options)
         for dtype in dtypes:
             _run_rows(dtype, size, training, place)
             for one, few, rows in sizes:

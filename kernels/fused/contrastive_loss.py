@@ -14,9 +14,18 @@ from bagformer.kernels.primitives import nan_max, reduce_max
 from torch import Tensor
 
 ROWS = 8  # of the transposed positives, 8 bytes of a sector of 32 are then used
-LONGEST_BLOCK = 512  # with 8 rows, 32 values a thread
+BLOCK = 256  # with 8 rows, 16 values a thread: 32 fill the registers
+MOST_REGISTERS = 128  # without the cap ptxas aims at 64, with spills, for eight programs
 FIELDS = tl.constexpr(6)  # of a row: maximum, log of the sum, positives, loss, two slopes
-SIZES = ["n_texts", "n_images"]
+# compiled once for each form, whatever the sizes, strides and addresses
+SIZES = [
+    *("n_texts", "n_images", "text_row", "text_column", "image_row", "image_column"),
+    *("true_row", "true_column"),
+]
+ADDRESSES = [
+    *("grad", "text_to_image", "image_to_text", "positives", "temperature", "bias", "rows"),
+    *("loss", "slopes", "grad_text_to_image", "grad_image_to_text", "scaled"),
+]
 WIDEST_SUM = 1024  # rows that the last program adds at a time
 
 
@@ -138,15 +147,15 @@ def _own_rows(
         tl.store(rows + field * n_all + above + row, fields[field], mask=row < n_rows)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ADDRESSES)
 def contrastive_rows_kernel(
-    text_to_image, image_to_text, strides, turned_strides, positives, true_strides,
-    temperature, bias, rows, divisor, n_texts, n_images,
+    text_to_image, image_to_text, positives, temperature, bias, rows, divisor,
+    n_texts, n_images, text_row, text_column, image_row, image_column, true_row, true_column,
     WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, SOFTMAX: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Fields of ROWS rows of axis 0 of the matrix of axis 1: text_to_image's if wanted, then the
-    other's. ``true_strides`` are those of ``positives [Nt, Ni]``."""
+    other's. Rows and columns of ``positives`` are texts and images."""
     first, place = tl.program_id(0) * ROWS, tl.program_id(1)
     above = 0
     n_all = n_images
@@ -156,14 +165,15 @@ def contrastive_rows_kernel(
         if WANTS_IMAGE:
             n_all = n_texts + n_images
         if place == 0:
+            strides, true_strides = (text_row, text_column), (true_row, true_column)
             side = text_to_image, strides, true_strides, n_texts, n_images
             _own_rows(
                 side, first, rows, 0, n_all, positives, temperature, divisor, bias, 0, SOFTMAX,
                 ROWS, BLOCK)  # fmt: skip
         place -= 1
     if WANTS_IMAGE and place == 0:
-        turned = true_strides[1], true_strides[0]
-        side = image_to_text, turned_strides, turned, n_images, n_texts
+        strides, true_strides = (image_row, image_column), (true_column, true_row)
+        side = image_to_text, strides, true_strides, n_images, n_texts
         _own_rows(
             side, first, rows, above, n_all, positives, temperature, divisor, bias, 1, SOFTMAX,
             ROWS, BLOCK)  # fmt: skip
@@ -179,7 +189,7 @@ def _mean(rows, field: tl.constexpr, above, n_rows, n_all, BLOCK: tl.constexpr):
     return tl.sum(total, 0) / n_rows
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ADDRESSES)
 def contrastive_sum_kernel(
     rows, temperature, loss, slopes, divisor, n_texts, n_images,
     WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, BLOCK: tl.constexpr
@@ -244,11 +254,11 @@ def _gradient_of_rows(
         tl.store(at, slope * (weight / divisor), mask=inside)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ADDRESSES)
 def contrastive_gradient_kernel(
-    grad, text_to_image, image_to_text, strides, turned_strides, positives, true_strides,
-    temperature, bias, rows, slopes, grad_text_to_image, grad_image_to_text, scaled,
-    divisor, n_texts, n_images,
+    grad, text_to_image, image_to_text, positives, temperature, bias, rows, slopes,
+    grad_text_to_image, grad_image_to_text, scaled, divisor,
+    n_texts, n_images, text_row, text_column, image_row, image_column, true_row, true_column,
     WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, SOFTMAX: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -269,14 +279,15 @@ def contrastive_gradient_kernel(
         if WANTS_IMAGE:
             n_all = n_texts + n_images
         if place == 0:
+            strides, true_strides = (text_row, text_column), (true_row, true_column)
             side = text_to_image, strides, true_strides, n_texts, n_images
             _gradient_of_rows(
                 side, first, grad_text_to_image, 0, n_all, rows, positives, temperature, divisor,
                 bias, weight, 0, SOFTMAX, ROWS, BLOCK)  # fmt: skip
         place -= 1
     if WANTS_IMAGE and place == 0:
-        turned = true_strides[1], true_strides[0]
-        side = image_to_text, turned_strides, turned, n_images, n_texts
+        strides, true_strides = (image_row, image_column), (true_column, true_row)
+        side = image_to_text, strides, true_strides, n_images, n_texts
         _gradient_of_rows(
             side, first, grad_image_to_text, above, n_all, rows, positives, temperature, divisor,
             bias, weight, 1, SOFTMAX, ROWS, BLOCK)  # fmt: skip
@@ -293,12 +304,9 @@ def _strides(matrix: Tensor | None) -> tuple[int, int]:
     return (0, 0) if matrix is None else (matrix.stride(0), matrix.stride(1))
 
 
-def _tiles(n_texts: int, n_images: int, wants: tuple[bool, bool]) -> tuple[tuple[int, int], int]:
-    """The grid, and the columns of a block."""
+def _grid(n_texts: int, n_images: int, wants: tuple[bool, bool]) -> tuple[int, int]:
     rows = max(n_texts * wants[0], n_images * wants[1])
-    columns = max(n_images * wants[0], n_texts * wants[1])
-    block = min(LONGEST_BLOCK, max(16, triton.next_power_of_2(columns)))
-    return (triton.cdiv(rows, ROWS), sum(wants)), block
+    return triton.cdiv(rows, ROWS), sum(wants)
 
 
 def contrastive_loss_forward(
@@ -326,12 +334,12 @@ def contrastive_loss_forward(
     rows = torch.empty(FIELDS.value, n_all, dtype=torch.float32, device=given.device)
     loss = torch.empty((), dtype=torch.float32, device=given.device)
     slopes = torch.empty(3, dtype=torch.float32, device=given.device)
-    grid, block = _tiles(n_texts, n_images, wants)
+    grid = _grid(n_texts, n_images, wants)
     options = {"WANTS_TEXT": wants[0], "WANTS_IMAGE": wants[1]}
     contrastive_rows_kernel[grid](
-        *scores, *map(_strides, scores), positives, _strides(positives), temperature, bias, rows,
-        divisor, n_texts, n_images, **options, SOFTMAX=softmax, ROWS=ROWS, BLOCK=block,
-        num_warps=4,
+        *scores, positives, temperature, bias, rows, divisor, n_texts, n_images,
+        *_strides(scores[0]), *_strides(scores[1]), *_strides(positives),
+        **options, SOFTMAX=softmax, ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     contrastive_sum_kernel[(1,)](
         rows, temperature, loss, slopes, divisor, n_texts, n_images, **options, BLOCK=WIDEST_SUM,
@@ -361,11 +369,12 @@ def contrastive_loss_backward(
         for one in scores
     ]
     scaled = torch.empty_like(slopes)
-    grid, block = _tiles(n_texts, n_images, wants)
+    grid = _grid(n_texts, n_images, wants)
     contrastive_gradient_kernel[grid](
-        grad, *scores, *map(_strides, scores), positives, _strides(positives), temperature, bias,
-        rows, slopes, *found, scaled, divisor, n_texts, n_images,
-        WANTS_TEXT=wants[0], WANTS_IMAGE=wants[1], SOFTMAX=softmax, ROWS=ROWS, BLOCK=block,
-        num_warps=4,
+        grad, *scores, positives, temperature, bias, rows, slopes, *found, scaled, divisor,
+        n_texts, n_images,
+        *_strides(scores[0]), *_strides(scores[1]), *_strides(positives),
+        WANTS_TEXT=wants[0], WANTS_IMAGE=wants[1], SOFTMAX=softmax, ROWS=ROWS, BLOCK=BLOCK,
+        num_warps=4, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return found[0], found[1], scaled

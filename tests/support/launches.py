@@ -35,6 +35,10 @@ WAITS = {
     "aten::unique_dim", "aten::unique_consecutive", "aten::is_nonzero", "aten::equal",
     "aten::repeat_interleave.Tensor", "aten::bincount",
 }  # fmt: skip
+OPERATORS = (
+    *("_bag_pool", "_contrastive_loss", "_l2_normalize", "_maxsim", "_maxsim_quantized"),
+    "_maxsim_topk",
+)
 INDEXED = {"aten::index", "aten::index_put", "aten::index_put_", "aten::_index_put_impl_"}
 
 
@@ -142,7 +146,7 @@ def recording() -> Iterator[list[Launch]]:
         enter(mock.patch.object(torch.cuda, "get_device_properties", lambda device: sms))
         enter(mock.patch.object(torch.cuda, "get_device_capability", lambda device=None: (9, 0)))
         enter(mock.patch.object(_triton, "on_device", lambda tensor: ExitStack()))
-        for name in ("_bag_pool", "_l2_normalize", "_maxsim", "_maxsim_quantized", "_maxsim_topk"):
+        for name in OPERATORS:
             module = __import__(f"bagformer.ops.{name}_triton", fromlist=["on_device"])
             enter(mock.patch.object(module, "on_device", lambda tensor: ExitStack()))
         before = driver._active

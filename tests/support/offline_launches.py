@@ -19,11 +19,13 @@ from machine_code import disassemble
 
 from bagformer.ops import (
     _bag_pool_triton,
+    _contrastive_loss_triton,
     _l2_normalize_triton,
     _maxsim_quantized_triton,
     _maxsim_topk_triton,
     _maxsim_triton,
 )
+from bagformer.ops._contrastive_loss_torch import Inputs
 from bagformer.ops._maxsim_torch import Options
 
 BF16, FP16, BOOL = torch.bfloat16, torch.float16, torch.bool
@@ -58,6 +60,10 @@ def calls() -> Iterator[tuple[str, Callable[[], object]]]:
         "candidates in eight bits",
         lambda: _maxsim_quantized_triton.forward(text, *listed, None, None, options, False),
     )
+    one = Inputs(None, grads[1].to(BF16), None, None, empty(2), 0.5, "sigmoid")
+    left = empty(6, 96), empty(3)
+    yield "loss of one direction", lambda: _contrastive_loss_triton.forward(one)
+    yield "its gradient", lambda: _contrastive_loss_triton.backward(empty(), one, *left)
     single = text.float(), image.float(), None, None
     tf32 = Options("exclude", "both", "sum", "tf32")
     yield "tf32", lambda: _maxsim_triton.forward(*single, tf32, True)
