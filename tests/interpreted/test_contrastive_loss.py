@@ -120,6 +120,19 @@ def test_nan_and_infinities_stand_where_autograd_has_them(device, value, objecti
         judge(mine, theirs, true, 5e-6)
 
 
+def test_a_row_that_begins_with_minus_infinity(device):
+    """Longer than a block of columns: the running maximum is -inf when the second block comes."""
+    scores, positives, temperature, bias = world(5, 300)
+    scores[0][:, :270] = float("-inf")
+    positives[:, :270], positives[:, 280] = False, True
+    given = [scores[0], None], positives, torch.tensor(1.0), bias, "softmax"
+    truth = results(*given, torch.float64, device, reference.contrastive_loss)
+    found = results(*given, torch.float32, device, ours)
+    assert truth[0].isfinite()
+    for mine, exact in zip(found[:2], truth[:2], strict=True):
+        torch.testing.assert_close(mine.double(), exact)
+
+
 @pytest.mark.parametrize("objective,margin", [("softmax", 11.0), ("sigmoid", 22.0)])
 def test_a_good_pair_s_loss_has_its_digits(device, objective, margin):
     """Sums over 257 patches are large: the loss is a small difference of large numbers."""
