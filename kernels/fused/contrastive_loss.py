@@ -61,7 +61,7 @@ def _tile(
     else:
         place = row * true_strides[0] + col * true_strides[1]
         true = tl.load(positives + place, mask=inside, other=0) != 0
-    return value, true & inside, inside
+    return value, true, inside
 
 
 @triton.jit
