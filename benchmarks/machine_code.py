@@ -48,12 +48,17 @@ class Code:
     def vector_cycles(self, inner_rounds: int = 1) -> float:
         """Clocks of one warp on each scheduler in a round of the hot loop, matrix units apart.
 
-        The hot loop is the smallest that multiplies; where the maxima are taken outside it, the
-        loop around it counts too, with ``inner_rounds`` of the inner one.
+        The hot loop is an innermost one that multiplies, of several the one with most matrix
+        instructions (rows that images share take a narrower one), then the smallest. Where the
+        maxima are taken outside it, the loop around it counts too, with ``inner_rounds`` of it.
         """
-        hot = next((loop for loop in self.loops if self._multiplies(loop)), None)
-        if hot is None:
+        multiplying = [loop for loop in self.loops if self._multiplies(loop)]
+        innermost = [
+            loop for loop in multiplying if not any(_contains(loop, one) for one in multiplying)
+        ]
+        if not innermost:
             return 0.0
+        hot = max(innermost, key=lambda loop: sum(map(_is_matrix, self._ops(loop))))
         if inner_rounds == 1:
             return _clocks(self._ops(hot))
         around = next((loop for loop in self.loops if _contains(loop, hot)), hot)

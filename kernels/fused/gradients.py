@@ -189,6 +189,20 @@ def _launch_text(
     )  # fmt: skip
 
 
+def _leftovers(block_p: int, text: Tensor, image: Tensor, flags: dict) -> int:
+    """Rows of an image that share a tile with those of other images; 0: they have one of their own.
+
+    float16 has a scale for each program, a masked image's rows are not the last ones, and offsets
+    in a shared tile are 32-bit.
+    """
+    n_images, n_patches = image.shape[-3:-1]
+    left = n_patches % block_p
+    few = 0 < left <= block_p // 2 // tiles.FEWEST_SHARING and n_patches > block_p
+    alone = any(flags[name] for name in ("CANDIDATES", "IMAGE_MASK", "SCALED", "WIDE"))
+    far = text.shape[0] * n_patches * block_p >= 1 << 31
+    return left if few and not alone and not far and n_images > 1 else 0
+
+
 def _launch_image(
     grads, text, image, plan: Plan, chosen, settings, pieces, slot, classes, tile, out, add
 ) -> None:
@@ -196,14 +210,21 @@ def _launch_image(
     n_images, n_patches = image.shape[-3:-1]
     unit = tiles.common_unit(width, text.stride(0), text.stride(1))
     items = out.numel() // (n_patches * width)
-    grid = (items, triton.cdiv(n_patches, tile.block_p), triton.cdiv(width, tile.span))
+    flags = _flags(grads, text, image, plan, chosen, settings)
+    left = _leftovers(tile.block_p, text, image, flags)
+    programs, tiles_of_image = items, triton.cdiv(n_patches, tile.block_p)
+    if left:
+        # first, since their rounds are longer than others
+        programs += triton.cdiv(items, tile.block_p // 2 // left)
+        tiles_of_image -= 1
+    grid = (programs, tiles_of_image, triton.cdiv(width, tile.span))
     grad_image_kernel[grid](
         text, tuple(plan.text), tuple(plan.image), plan.order, plan.bounds, grads, *chosen, out,
-        n_texts, n_images, n_bags, n_patches, width // unit, pieces,
+        n_texts, n_images, n_bags, n_patches, width // unit, pieces, left,
         text.stride(0) // unit, text.stride(1) // unit,
         UNIT=unit, BLOCK_P=tile.block_p, BLOCK_N=tile.block_n,
         SLOT=tiles.SMALLEST_SLOT if classes else slot, CLASSES=classes, SPAN=tile.span,
-        WHOLE=width % tile.span == 0, CUT=pieces > 1, ADD=add,
-        **_flags(grads, text, image, plan, chosen, settings),
+        WHOLE=width % tile.span == 0, CUT=pieces > 1, ADD=add, SHARED=left > 0,
+        **flags,
         num_warps=tile.warps, num_stages=tile.stages, maxnreg=tile.registers,
     )  # fmt: skip

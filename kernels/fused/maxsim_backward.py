@@ -26,96 +26,23 @@ and a tile feeds the matrix units as if it were dense: that beats gathering rows
 import triton
 import triton.language as tl
 from bagformer.kernels.maxsim import SIZES, places_in_class
+from bagformer.kernels.owners import (
+    bags_of,
+    load_features,
+    patches_of,
+    store_sums,
+    store_zeros,
+)
 from bagformer.kernels.scales import SWEEP, scale_for_image, scale_for_texts
 from bagformer.kernels.selection import (
     chosen_bags,
     chosen_by_image,
+    chosen_by_rows,
     chosen_by_text,
     chosen_patches,
     slopes_of_bags,
     slopes_of_patches,
 )
-
-
-@triton.jit
-def _bags_of(
-    place, end, plan, order, n_bags, pieces, WIDTH: tl.constexpr, SLOT: tl.constexpr,
-    CUT: tl.constexpr, ORDERED: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr
-):  # fmt: skip
-    """For WIDTH columns of SLOT a piece of text: text, bag, whether that bag is there and counts.
-
-    A text of more than SLOT bags lies in ``pieces`` places one after the other. WIDE: texts are
-    numbered in 64 bits, because offsets among scores, indices or features may pass 2**31.
-    """
-    rows, counts, _ = plan
-    col = tl.arange(0, WIDTH)
-    place = place + col // SLOT
-    live = place < end
-    place = tl.maximum(tl.minimum(place, end - 1), 0)
-    text, position = place, col % SLOT
-    if CUT:
-        text = place // pieces
-        position += (place % pieces) * SLOT
-    if ORDERED:
-        text = tl.load(order + text)
-    count = tl.full((WIDTH,), n_bags, tl.int32)
-    if MASKED:
-        count = tl.load(counts + text)
-    if WIDE:
-        text = text.to(tl.int64)
-    keep = live & (position < count)
-    bag = tl.maximum(tl.minimum(position, count - 1), 0)
-    if MASKED:
-        bag = tl.load(rows + text * n_bags + bag)
-    return text, bag, keep, count
-
-
-@triton.jit
-def _patches_of(position, item, plan, length, n_patches, MASKED: tl.constexpr):
-    """Patch at each position, the last one past the end, and whether it is there.
-
-    An image of no patches has patch 0, which is not there.
-    """
-    patch = tl.maximum(tl.minimum(position, length - 1), 0)
-    if MASKED:
-        patch = tl.load(plan[0] + item * n_patches + patch)
-    return patch, position < length
-
-
-@triton.jit
-def _features(base, rows, keep, width, first, SPAN: tl.constexpr, WHOLE: tl.constexpr):
-    """[rows, SPAN] features; zeros where a row does not count, so that it is never read."""
-    col = first + tl.arange(0, SPAN)
-    inside = keep[:, None]
-    if not WHOLE:
-        inside = inside & (col < width)[None, :]
-    return tl.load(base + (rows[:, None] + col[None, :]), mask=inside, other=0.0)
-
-
-@triton.jit
-def _store(
-    rows, keep, total, unscale, span, width,
-    ROWS: tl.constexpr, SPAN: tl.constexpr, ADD: tl.constexpr
-):  # fmt: skip
-    """Write [ROWS, SPAN] sums, half the columns at a time: both need too many registers."""
-    HALF: tl.constexpr = SPAN // 2
-    halves = tl.split(tl.permute(tl.reshape(total, [ROWS, 2, HALF]), [0, 2, 1]))
-    for half in tl.static_range(2):
-        col = span + half * HALF + tl.arange(0, HALF)
-        out = rows[:, None] + col[None, :]
-        inside = keep[:, None] & (col < width)[None, :]
-        value = halves[half] * unscale
-        if ADD:
-            value += tl.load(out, mask=inside, other=0.0)
-        tl.store(out, value, mask=inside)
-
-
-@triton.jit
-def _store_zeros(rows, empty, span, width, ROWS: tl.constexpr, SPAN: tl.constexpr):
-    """Write zeros into the rows of tokens that do not count."""
-    col = span + tl.arange(0, SPAN)
-    out = rows[:, None] + col[None, :]
-    tl.store(out, tl.zeros((ROWS, SPAN), tl.float32), mask=empty[:, None] & (col < width)[None, :])
 
 
 @triton.jit
@@ -132,10 +59,10 @@ def _grad_of_texts(
     text_plan, image_plan = plans
     n_texts, n_images, n_bags, _, width = sizes
     list_stride, image_stride, patch_stride = strides
-    texts = _bags_of(
+    texts = bags_of(
         first, end, text_plan, order, n_bags, pieces, BLOCK_N, SLOT, CUT,
         ORDERED, TEXT_MASK, WIDE)  # fmt: skip
-    group, _, _, _ = _bags_of(
+    group, _, _, _ = bags_of(
         first, end, text_plan, order, n_bags, pieces, GROUP, 1, CUT,
         ORDERED, TEXT_MASK, WIDE)  # fmt: skip
     scale, unscale = 1.0, 1.0
@@ -154,7 +81,9 @@ def _grad_of_texts(
         PACKED, PRECISION)  # fmt: skip
     owner, bag, keep, count = texts
     base = grad_text + owner.to(tl.int64) * n_bags * width
-    _store(base + bag.to(tl.int64) * width, keep, total, unscale, span, width, BLOCK_N, SPAN, False)
+    store_sums(
+        base + bag.to(tl.int64) * width, keep, total, unscale, span, width, BLOCK_N, SPAN, False
+    )
     if TEXT_MASK:
         _zero_masked_bags(
             base, first, end, text_plan, owner, count, n_bags, pieces, span, width,
@@ -179,7 +108,7 @@ def _zero_masked_bags(
     for _ in range(rounds):
         empty = (place < end) & (position >= count) & (position < n_bags)
         bag = tl.load(plan[0] + owner * n_bags + position, mask=empty, other=0)
-        _store_zeros(base + bag.to(tl.int64) * width, empty, span, width, BLOCK_N, SPAN)
+        store_zeros(base + bag.to(tl.int64) * width, empty, span, width, BLOCK_N, SPAN)
         position += SLOT
 
 
@@ -249,7 +178,7 @@ def _stream_images(
     i, start, length = tl.cast(0, tl.int32), tl.cast(0, tl.int32), n_patches
     if MASKED:
         length = tl.load(images[1][1] + images[2])
-    patch, there = _patches_of(
+    patch, there = patches_of(
         tl.arange(0, BLOCK_P), images[2], images[1], length, n_patches, MASKED
     )
     slope = slopes_of_bags(winners, owner, keep, count, i, scale, sizes, MEAN, TO_IMAGE)
@@ -259,7 +188,7 @@ def _stream_images(
     )
     won = chosen_bags(winners, group, i, patch, sizes, 0, CANDIDATES, TO_TEXT)
     for _ in range(_rounds_of(images, n_images, n_patches, BLOCK_P, MASKED)):
-        rows = _features(
+        rows = load_features(
             images[0] + tl.cast(i, tl.int64) * strides[0], patch * strides[1], there, width, span,
             SPAN, WHOLE)  # fmt: skip
         chosen = chosen_by_text(
@@ -271,7 +200,7 @@ def _stream_images(
         i = tl.minimum(i + done.to(tl.int32), n_images - 1)
         if MASKED:
             length = tl.load(images[1][1] + images[2] + i)
-        patch, there = _patches_of(
+        patch, there = patches_of(
             start + tl.arange(0, BLOCK_P), images[2] + i, images[1], length, n_patches, MASKED
         )
         slope = slopes_of_bags(winners, owner, keep, count, i, scale, sizes, MEAN, TO_IMAGE)
@@ -284,43 +213,57 @@ def _stream_images(
     return total
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=[*SIZES, "left"])
 def grad_image_kernel(
     text, text_plan, image_plan, order, bounds, grads, text_argmax, image_argmax, grad_image,
-    n_texts, n_images, n_bags, n_patches, width, pieces, text_stride, bag_stride,
+    n_texts, n_images, n_bags, n_patches, width, pieces, left, text_stride, bag_stride,
     UNIT: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr,
     CLASSES: tl.constexpr, SPAN: tl.constexpr, WHOLE: tl.constexpr,
     CUT: tl.constexpr, TEXT_MASK: tl.constexpr,
     IMAGE_MASK: tl.constexpr, MEAN: tl.constexpr, CANDIDATES: tl.constexpr, ADD: tl.constexpr,
     TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, SCALED: tl.constexpr,
-    PRECISION: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr
+    PRECISION: tl.constexpr, WIDE: tl.constexpr, PACKED: tl.constexpr, SHARED: tl.constexpr
 ):  # fmt: skip
     """Gradient of BLOCK_P patches of program axis 0 (image) and 1 (patches), features of axis 2.
 
     With CLASSES > 0 the texts come sorted into that many classes of slots, from SLOT on; ADD adds
-    to what ``grad_image`` holds.
+    to what ``grad_image`` holds. SHARED: the first programs of axis 0 own the ``left`` rows that
+    whole tiles leave over of each image, those of many images in one tile. It has half as many
+    rows as others, since each has winners of its own.
     """
     width, text_stride, bag_stride = width * UNIT, text_stride * UNIT, bag_stride * UNIT
+    sizes = n_texts, n_images, n_bags, n_patches, width
+    texts = text, text_plan, order, pieces, text_stride, bag_stride
+    winners = grads[0], grads[1], text_argmax, image_argmax
+    span = tl.program_id(2) * SPAN
     item = tl.program_id(0).to(tl.int64)
+    if SHARED:
+        HALF: tl.constexpr = BLOCK_P // 2
+        together = HALF // left
+        gathered = tl.cdiv(n_images, together)
+        if (item < gathered) & (tl.program_id(1) == 0):
+            _own_leftovers(
+                item * together, together, left, texts, bounds, winners, grad_image, span, sizes,
+                HALF, BLOCK_N, SLOT, CLASSES, SPAN, WHOLE, CUT, TEXT_MASK, MEAN, ADD,
+                TO_IMAGE, TO_TEXT, PRECISION)  # fmt: skip
+        if item < gathered:
+            return
+        item -= gathered
     length = tl.load(image_plan[1] + item) if IMAGE_MASK else n_patches
     position = tl.program_id(1) * BLOCK_P + tl.arange(0, BLOCK_P)
     if IMAGE_MASK and not ADD:
         empty = (position >= length) & (position < n_patches)
         patch = tl.load(image_plan[0] + item * n_patches + position, mask=empty, other=0)
         rows = grad_image + (item * n_patches + patch) * width
-        _store_zeros(rows, empty, tl.program_id(2) * SPAN, width, BLOCK_P, SPAN)
+        store_zeros(rows, empty, span, width, BLOCK_P, SPAN)
     if tl.program_id(1) * BLOCK_P >= length:
         return
-    patch, there = _patches_of(position, item, image_plan, length, n_patches, IMAGE_MASK)
+    patch, there = patches_of(position, item, image_plan, length, n_patches, IMAGE_MASK)
     scale, unscale = 1.0, 1.0
     if SCALED:
         scale, unscale = scale_for_image(
             grads, item, n_texts, n_images, CANDIDATES, TO_IMAGE, TO_TEXT)  # fmt: skip
     total = tl.zeros((BLOCK_P, SPAN), tl.float32)
-    span = tl.program_id(2) * SPAN
-    sizes = n_texts, n_images, n_bags, n_patches, width
-    texts = text, text_plan, order, pieces, text_stride, bag_stride
-    winners = grads[0], grads[1], text_argmax, image_argmax
     i = item % n_images if CANDIDATES else item
     if CLASSES == 0:
         ends = (0, n_texts * pieces)
@@ -338,7 +281,75 @@ def grad_image_kernel(
             SLOT << rank, SPAN, WHOLE, CUT, True, TEXT_MASK, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT,
             PACKED, PRECISION, WIDE)  # fmt: skip
     rows = grad_image + (item * n_patches + patch) * width
-    _store(rows, there, total, unscale, span, width, BLOCK_P, SPAN, ADD)
+    store_sums(rows, there, total, unscale, span, width, BLOCK_P, SPAN, ADD)
+
+
+@triton.jit
+def _own_leftovers(
+    first, together, left, texts, bounds, winners, grad_image, span, sizes,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, CLASSES: tl.constexpr,
+    SPAN: tl.constexpr, WHOLE: tl.constexpr, CUT: tl.constexpr, MASKED: tl.constexpr,
+    MEAN: tl.constexpr, ADD: tl.constexpr, TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr,
+    PRECISION: tl.constexpr
+):  # fmt: skip
+    """The last ``left`` patches of ``together`` images from ``first`` on, all texts."""
+    n_images, n_patches, width = sizes[1], sizes[3], sizes[4]
+    row = tl.arange(0, BLOCK_P)
+    there = (row < together * left) & (first + row // left < n_images)
+    turn = tl.minimum(row // left, n_images - 1 - first.to(tl.int32))
+    patch = n_patches - left + row % left
+    total = tl.zeros((BLOCK_P, SPAN), tl.float32)
+    if CLASSES == 0:
+        total = _stream_to_rows(
+            total, texts, (0, sizes[0] * texts[3]), winners, first, turn, patch, span, sizes,
+            BLOCK_P, BLOCK_N, SLOT, SPAN, WHOLE, CUT, False, MASKED, MEAN, TO_IMAGE, TO_TEXT,
+            PRECISION)  # fmt: skip
+    for rank in tl.static_range(CLASSES):
+        ends = (tl.load(bounds + rank * 4), tl.load(bounds + rank * 4 + 1))
+        total = _stream_to_rows(
+            total, texts, ends, winners, first, turn, patch, span, sizes, BLOCK_P, BLOCK_N,
+            SLOT << rank, SPAN, WHOLE, CUT, True, MASKED, MEAN, TO_IMAGE, TO_TEXT,
+            PRECISION)  # fmt: skip
+    rows = grad_image + ((first + turn) * n_patches + patch) * width
+    store_sums(rows, there, total, 1.0, span, width, BLOCK_P, SPAN, ADD)
+
+
+@triton.jit
+def _stream_to_rows(
+    total, texts, ends, winners, item, turn, patch, span, sizes,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, SPAN: tl.constexpr,
+    WHOLE: tl.constexpr, CUT: tl.constexpr, ORDERED: tl.constexpr, MASKED: tl.constexpr,
+    MEAN: tl.constexpr, TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Add what the texts of places ``ends`` owe to rows of many images."""
+    GROUP: tl.constexpr = BLOCK_N // SLOT
+    text, plan, order, pieces, text_stride, bag_stride = texts
+    # one stage: what would be loaded ahead has no room in registers
+    for first in tl.range(ends[0], ends[1], GROUP, num_stages=1):
+        owner, bag, keep, _ = bags_of(
+            first,
+            ends[1],
+            plan,
+            order,
+            sizes[2],
+            pieces,
+            BLOCK_N,
+            SLOT,
+            CUT,
+            ORDERED,
+            MASKED,
+            False,
+        )
+        group, _, live, count = bags_of(
+            first, ends[1], plan, order, sizes[2], pieces, GROUP, 1, CUT, ORDERED, MASKED, False
+        )
+        chosen = chosen_by_rows(
+            text.dtype.element_ty, winners, owner, bag, group, live, count, item, turn, patch,
+            sizes, BLOCK_P, BLOCK_N, SLOT, MEAN, TO_IMAGE, TO_TEXT)  # fmt: skip
+        rows = owner * text_stride + bag * bag_stride
+        rows = load_features(text, rows, keep, sizes[4], span, SPAN, WHOLE)
+        total = tl.dot(chosen, rows, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
@@ -351,10 +362,10 @@ def _winners_of(
     """What a tile of the texts from ``first`` on compares: choices of bags and of patches."""
     GROUP: tl.constexpr = BLOCK_N // SLOT
     _, plan, order, pieces, _, _ = texts
-    owner, bag, _, _ = _bags_of(
+    owner, bag, _, _ = bags_of(
         first, end, plan, order, sizes[2], pieces, BLOCK_N, SLOT, CUT, ORDERED, MASKED, WIDE
     )
-    group, _, keep, count = _bags_of(
+    group, _, keep, count = bags_of(
         first, end, plan, order, sizes[2], pieces, GROUP, 1, CUT, ORDERED, MASKED, WIDE
     )
     slope = slopes_of_bags(winners, group, keep, count, i, scale, sizes, MEAN, TO_IMAGE)
@@ -384,11 +395,11 @@ def _stream_texts(
         ends[0], ends[1], texts, winners, i, patch, length, scale, sizes, BLOCK_N, SLOT, CUT,
         ORDERED, MASKED, MEAN, CANDIDATES, TO_IMAGE, TO_TEXT, WIDE)  # fmt: skip
     for first in range(ends[0], ends[1], GROUP):
-        owner, bag, keep, _ = _bags_of(
+        owner, bag, keep, _ = bags_of(
             first, ends[1], plan, order, sizes[2], pieces, BLOCK_N, SLOT, CUT, ORDERED, MASKED, WIDE
         )
         rows = owner * text_stride + bag * bag_stride
-        rows = _features(text, rows, keep, sizes[4], span, SPAN, WHOLE)
+        rows = load_features(text, rows, keep, sizes[4], span, SPAN, WHOLE)
         chosen = chosen_by_image(
             text.dtype.element_ty, patch, bag, slope, choice, back, won,
             BLOCK_P, BLOCK_N, SLOT, TO_IMAGE, TO_TEXT, PACKED, not MASKED)  # fmt: skip

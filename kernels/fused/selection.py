@@ -79,6 +79,42 @@ def chosen_bags(
 
 
 @triton.jit
+def chosen_by_rows(
+    dtype: tl.constexpr, winners, owner, bag, group, keep, count, first, turn, patch, sizes,
+    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, MEAN: tl.constexpr,
+    TO_IMAGE: tl.constexpr, TO_TEXT: tl.constexpr
+):  # fmt: skip
+    """``chosen`` [BLOCK_P, BLOCK_N] where each row has an image of its own, ``first`` + ``turn``.
+
+    Owner and bag are of the columns; group, keep and count of the texts. Offsets from what the
+    first image has are 32-bit: 64-bit ones fill the registers.
+    """
+    GROUP: tl.constexpr = BLOCK_N // SLOT
+    n_texts, n_images, n_bags, n_patches, _ = sizes
+    chosen = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
+    if TO_IMAGE:
+        place = turn[:, None] * n_bags + (owner * n_images * n_bags + bag)[None, :]
+        choice = tl.load(winners[2] + first * n_bags + place).to(tl.int32)
+        place = turn[:, None] + (group * n_images)[None, :]
+        slope = tl.load(winners[0] + first + place, mask=keep[None, :], other=0.0)
+        if MEAN:
+            slope *= (1.0 / tl.maximum(count, 1))[None, :]
+        slope = _to_columns(slope, BLOCK_P, GROUP, SLOT)
+        chosen = tl.where(choice == patch[:, None], slope, 0.0)
+    if TO_TEXT:
+        pair = turn[:, None] * n_texts + group[None, :]
+        base = first * n_texts
+        won = tl.load(winners[3] + base * n_patches + (pair * n_patches + patch[:, None]))
+        back = tl.load(winners[1] + base + pair, mask=keep[None, :], other=0.0)
+        if MEAN:
+            back *= 1.0 / n_patches
+        won = _to_columns(won.to(tl.int32), BLOCK_P, GROUP, SLOT)
+        back = _to_columns(back, BLOCK_P, GROUP, SLOT)
+        chosen += tl.where(won == bag[None, :], back, 0.0)
+    return chosen.to(dtype)
+
+
+@triton.jit
 def _pattern(value, dtype: tl.constexpr):
     """``value`` rounded to a 16-bit dtype, its bits in the low half of a word."""
     return value.to(dtype).to(tl.uint16, bitcast=True).to(tl.uint32)

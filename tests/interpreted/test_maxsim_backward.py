@@ -96,6 +96,65 @@ def test_one_past_each_edge_of_a_tile(device, monkeypatch, family, shape, dtype,
     check(make(shape, device, dtype, masked=masked))
 
 
+def shared(monkeypatch):
+    """Records the leftover rows of each image that a launch of the image gradient shares."""
+    found, run = [], gradients.grad_image_kernel
+
+    class Watched:
+        def __getitem__(self, grid):
+            def launch(*args, **options):
+                found.append(args[15] if options["SHARED"] else 0)
+                return run[grid](*args, **options)
+
+            return launch
+
+    monkeypatch.setattr(gradients, "grad_image_kernel", Watched())
+    return found
+
+
+# whole tiles have 32 rows, the shared one 16: one image, as many as fit, one more; too many rows
+@pytest.mark.parametrize(
+    "images,patches,left",
+    [(1, 33, 0), (16, 33, 1), (17, 33, 1), (9, 66, 2), (6, 35, 3), (5, 36, 4), (5, 37, 0)],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_leftover_rows_that_images_share(device, monkeypatch, images, patches, left, dtype):
+    found = shared(monkeypatch)
+    if device.type == "cuda" and dtype != torch.float32:  # whole tiles have 128 rows
+        patches += 96
+        left = patches % 128 if images > 1 and patches % 128 <= 16 else 0
+    check(make((3, 9, images, patches, 40), device, dtype, masked=False), mean=images == 9)
+    assert found == [left]
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_leftover_rows_of_one_direction(device, lost):
+    *sides, slopes = make((3, 9, 5, 34, 40), device, torch.float32, masked=False)
+    slopes = tuple(None if side == lost else one for side, one in enumerate(slopes))
+    check((*sides, slopes))
+
+
+@pytest.mark.parametrize("sorts", [False, True])
+def test_shared_rows_of_masked_and_sorted_texts_and_of_chunks(device, monkeypatch, sorts):
+    monkeypatch.setattr(scoring, "SORTED_PAIRS", 0 if sorts else 1 << 40)
+    found = shared(monkeypatch)
+    text, image, text_mask, _, slopes = make((7, 20, 19, 33, 40), device, torch.float32)
+    operands = text, image, text_mask, None, slopes
+    check(operands)
+    monkeypatch.setattr(gradients, "INDEX_BYTES", 4 * 19 * (20 + 33))
+    check(operands, saved=False)
+    assert len(found) > 2 and set(found) == {1}
+
+
+def test_what_cannot_share_rows(device, monkeypatch):
+    """A scale for each program, a mask of images, lists of images."""
+    found = shared(monkeypatch)
+    check(make((3, 9, 4, 33, 40), device, torch.float16, masked=False))
+    check(make((3, 9, 4, 33, 40), device, torch.float32))
+    check(make((3, 9, 4, 33, 40), device, torch.float32, masked=False, candidates=4))
+    assert found == [0, 0, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_ties_and_mutual_choices(device, dtype):
     text, image, *_, slopes = make((3, 9, 2, 20, 32), device, dtype, masked=False)
