@@ -37,8 +37,7 @@ def _log_one_plus(x):
     """
     s = x / (2.0 + x)
     q = s * s
-    series = 1.0 / 13 + q * (1.0 / 15)
-    series = 1.0 / 9 + q * (1.0 / 11 + q * series)
+    series = 1.0 / 9 + q * (1.0 / 11 + q * (1.0 / 13))
     series = 1.0 / 5 + q * (1.0 / 7 + q * series)
     return 2.0 * s * (1.0 + q * (1.0 / 3 + q * series))
 

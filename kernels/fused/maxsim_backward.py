@@ -26,13 +26,7 @@ and a tile feeds the matrix units as if it were dense: that beats gathering rows
 import triton
 import triton.language as tl
 from bagformer.kernels.maxsim import SIZES, places_in_class
-from bagformer.kernels.owners import (
-    bags_of,
-    load_features,
-    patches_of,
-    store_sums,
-    store_zeros,
-)
+from bagformer.kernels.owners import bags_of, load_features, patches_of, store_sums, store_zeros
 from bagformer.kernels.scales import SWEEP, scale_for_image, scale_for_texts
 from bagformer.kernels.selection import (
     chosen_bags,
@@ -327,19 +321,8 @@ def _stream_to_rows(
     # one stage: what would be loaded ahead has no room in registers
     for first in tl.range(ends[0], ends[1], GROUP, num_stages=1):
         owner, bag, keep, _ = bags_of(
-            first,
-            ends[1],
-            plan,
-            order,
-            sizes[2],
-            pieces,
-            BLOCK_N,
-            SLOT,
-            CUT,
-            ORDERED,
-            MASKED,
-            False,
-        )
+            first, ends[1], plan, order, sizes[2], pieces, BLOCK_N, SLOT, CUT, ORDERED, MASKED,
+            False)  # fmt: skip
         group, _, live, count = bags_of(
             first, ends[1], plan, order, sizes[2], pieces, GROUP, 1, CUT, ORDERED, MASKED, False
         )
