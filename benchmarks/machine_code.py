@@ -48,12 +48,15 @@ class Code:
     def vector_cycles(self, inner_rounds: int = 1) -> float:
         """Clocks of one warp on each scheduler in a round of the hot loop, matrix units apart.
 
-        The hot loop is the smallest that multiplies; where the maxima are taken outside it, the
-        loop around it counts too, with ``inner_rounds`` of the inner one.
+        The hot loop is, of those that multiply and hold no other that does, the one that multiplies
+        most; where the maxima are taken outside it, the loop around it counts too, with
+        ``inner_rounds`` of the inner one.
         """
-        hot = next((loop for loop in self.loops if self._multiplies(loop)), None)
-        if hot is None:
+        found = [loop for loop in self.loops if self._multiplies(loop)]
+        if not found:
             return 0.0
+        inner = [one for one in found if not any(_contains(one, other) for other in found)]
+        hot = max(inner, key=self._multiplications)
         if inner_rounds == 1:
             return _clocks(self._ops(hot))
         around = next((loop for loop in self.loops if _contains(loop, hot)), hot)
@@ -66,6 +69,10 @@ class Code:
     def _multiplies(self, loop: tuple[int, int]) -> bool:
         ops = Counter(self._ops(loop))
         return any(ops[name] for name in MATRIX) or ops["FFMA"] + ops["FFMA2"] >= 64
+
+    def _multiplications(self, loop: tuple[int, int]) -> int:
+        ops = Counter(self._ops(loop))
+        return sum(ops[name] for name in MATRIX) or ops["FFMA"] + ops["FFMA2"]
 
 
 def _contains(outer: tuple[int, int], inner: tuple[int, int]) -> bool:

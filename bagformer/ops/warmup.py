@@ -25,10 +25,7 @@ from bagformer.ops._maxsim_torch import Options
 from bagformer.ops.backend import choose_backend
 from bagformer.reference import DIRECTIONS, MASK_MODES, QUANTIZED_DTYPES, REDUCTIONS
 
-MODULES = (
-    *("bag_pool", "maxsim", "maxsim_backward", "maxsim_quantized", "nan_argmax", "normalize"),
-    *("plan", "topk"),
-)
+MODULES = ("bag_pool", "maxsim", "maxsim_backward", "maxsim_quantized", "normalize", "plan", "topk")
 MERGED = 1024
 # Tiles stop growing long before this many texts; by this many pairs, if ever, texts are sorted by
 # slot and images share tiles for their leftover rows.

@@ -25,7 +25,8 @@ and a tile feeds the matrix units as if it were dense: that beats gathering rows
 
 import triton
 import triton.language as tl
-from bagformer.kernels.maxsim import SIZES, places_in_class
+from bagformer.kernels.maxsim import SIZES
+from bagformer.kernels.primitives import places_in_class
 from bagformer.kernels.scales import SWEEP, scale_for_image, scale_for_texts
 from bagformer.kernels.selection import (
     chosen_bags,
