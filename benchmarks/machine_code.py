@@ -48,17 +48,15 @@ class Code:
     def vector_cycles(self, inner_rounds: int = 1) -> float:
         """Clocks of one warp on each scheduler in a round of the hot loop, matrix units apart.
 
-        The hot loop is an innermost one that multiplies, of several the one with most matrix
-        instructions (rows that images share take a narrower one), then the smallest. Where the
-        maxima are taken outside it, the loop around it counts too, with ``inner_rounds`` of it.
+        The hot loop is, of those that multiply and hold no other that does, the one that multiplies
+        most; where the maxima are taken outside it, the loop around it counts too, with
+        ``inner_rounds`` of the inner one.
         """
-        multiplying = [loop for loop in self.loops if self._multiplies(loop)]
-        innermost = [
-            loop for loop in multiplying if not any(_contains(loop, one) for one in multiplying)
-        ]
-        if not innermost:
+        found = [loop for loop in self.loops if self._multiplies(loop)]
+        if not found:
             return 0.0
-        hot = max(innermost, key=lambda loop: sum(map(_is_matrix, self._ops(loop))))
+        inner = [one for one in found if not any(_contains(one, other) for other in found)]
+        hot = max(inner, key=self._multiplications)
         if inner_rounds == 1:
             return _clocks(self._ops(hot))
         around = next((loop for loop in self.loops if _contains(loop, hot)), hot)
@@ -71,6 +69,10 @@ class Code:
     def _multiplies(self, loop: tuple[int, int]) -> bool:
         ops = Counter(self._ops(loop))
         return any(ops[name] for name in MATRIX) or ops["FFMA"] + ops["FFMA2"] >= 64
+
+    def _multiplications(self, loop: tuple[int, int]) -> int:
+        ops = Counter(self._ops(loop))
+        return sum(ops[name] for name in MATRIX) or ops["FFMA"] + ops["FFMA2"]
 
 
 def _contains(outer: tuple[int, int], inner: tuple[int, int]) -> bool:

@@ -43,8 +43,6 @@ KNOWN_SPILLS: dict[str, dict[tuple[str, str, str], int]] = {
         ("sm_100", "grad_image_kernel", _ALL.replace("bf16", "fp16")): 40,
         ("sm_100", "grad_text_kernel", _JOINT): 58,
         ("sm_100", "grad_text_kernel", _JOINT.replace("bf16", "fp16")): 42,
-        ("sm_120", "nan_argmax_kernel", "bf16 D=256 argmax"): 2,
-        ("sm_120", "nan_argmax_kernel", "bf16 D=768 argmax"): 2,
     },
 }
 
@@ -77,7 +75,7 @@ def _of_tensor_cores(rows: list[dict]) -> list[dict]:
 
 def test_nothing_spills_but_what_is_known(rows):
     assert {row["kernel"] for row in rows} >= {
-        *SCORING, "nan_argmax_kernel", "bag_pool_forward_kernel", "bag_pool_backward_kernel",
+        *SCORING, "bag_pool_forward_kernel", "bag_pool_backward_kernel",
         "l2_normalize_forward_kernel", "l2_normalize_backward_kernel", "plan_kernel",
         "merge_kernel", "unpack_kernel", *LOSS,
     }  # fmt: skip
@@ -144,7 +142,7 @@ def test_what_the_operators_launch_compiles_and_fits(target, tmp_path):
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
     assert {row["kernel"] for row in found} == {
-        *SCORING, "nan_argmax_kernel", "bag_pool_forward_kernel", "bag_pool_backward_kernel",
+        *SCORING, "bag_pool_forward_kernel", "bag_pool_backward_kernel",
         "l2_normalize_backward_kernel", "plan_kernel", "merge_kernel", "unpack_kernel", *LOSS,
     }  # fmt: skip
     assert len({row["call"] for row in found}) == 9

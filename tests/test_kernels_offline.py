@@ -61,3 +61,4 @@ def test_slots_and_units():
         128,
     ]
     assert tiles.common_unit(200, 200 * 25) == 8 and tiles.common_unit(256, 12) == 1
+    assert tiles.common_unit(256, (1 << 31) - 8) == 8 and tiles.common_unit(256, 1 << 31) == 1

@@ -30,7 +30,7 @@ from bagformer.reference import DIRECTIONS, MASK_MODES, QUANTIZED_DTYPES, REDUCT
 
 MODULES = (
     *("bag_pool", "contrastive_loss", "maxsim", "maxsim_backward", "maxsim_quantized"),
-    *("nan_argmax", "normalize", "plan", "topk"),
+    *("normalize", "plan", "topk"),
 )
 MERGED = 1024
 # Tiles stop growing long before this many texts; by this many pairs, if ever, texts are sorted by

@@ -23,14 +23,21 @@ Patches are the rows (M) and bags the columns (N) of every matrix product::
   inner loop has no elementwise mask; only the sum over patches asks which rows exist.
 - A maximum is NaN if any value under it is (FMNMX.NAN). In mode "zero" a masked token competes with
   similarity 0: a floor under the reduced maxima, since masked rows themselves are never read.
-- Indices (ARGMAX): the lowest position that reaches the maximum. Where a maximum is NaN, the kernel
-  of nan_argmax.py writes the first NaN's index afterwards.
+- Indices (ARGMAX): the lowest position that reaches the maximum. Where a maximum is NaN,
+  nan_argmax.py writes the first NaN's index once a program has all its scores.
 """
 # ruff: noqa: N803, N806 - Triton's constexpr parameters are written in capitals
 
 import triton
 import triton.language as tl
-from bagformer.kernels.primitives import nan_max, reduce_max
+from bagformer.kernels.nan_argmax import mend_nan_winners
+from bagformer.kernels.primitives import (
+    load_rows,
+    nan_max,
+    places_in_class,
+    reduce_max,
+    similarity,
+)
 from bagformer.kernels.reductions import (
     best_bags,
     best_patches,
@@ -44,19 +51,6 @@ SIZES = ["n_texts", "n_images", "n_bags", "n_patches"]
 
 
 @triton.jit
-def load_rows(base, rows, first, width, SPAN: tl.constexpr, WHOLE: tl.constexpr):
-    """[rows, SPAN] features from column ``first`` on; columns past ``width`` are zeros.
-
-    ``rows`` are offsets of rows: 32-bit within one image, 64-bit for texts, which lie anywhere.
-    """
-    col = first + tl.arange(0, SPAN)
-    place = base + (rows[:, None] + col[None, :])
-    if WHOLE:
-        return tl.load(place)
-    return tl.load(place, mask=(col < width)[None, :], other=0.0)
-
-
-@triton.jit
 def resident(text, bags, width, SHAPE: tl.constexpr):
     """What a program keeps of its texts: their features, or where to read them again (STEP > 0)."""
     HEAD: tl.constexpr = SHAPE[0]
@@ -67,38 +61,6 @@ def resident(text, bags, width, SHAPE: tl.constexpr):
         if TAIL > 0:
             tail = load_rows(text, bags, HEAD, width, TAIL, SHAPE[3])
     return head, tail
-
-
-@triton.jit
-def similarity(
-    image, patches, features, width,
-    BLOCK_P: tl.constexpr, BLOCK_N: tl.constexpr, SHAPE: tl.constexpr
-):  # fmt: skip
-    """Tile [BLOCK_P, BLOCK_N] of ``patches @ bags.T``, accumulated in float32.
-
-    SHAPE is (HEAD, TAIL, STEP, WHOLE, PRECISION): resident features HEAD + TAIL wide, or, where
-    STEP is not 0, both operands in steps of STEP; WHOLE where that is exactly the width.
-    """
-    HEAD: tl.constexpr = SHAPE[0]
-    TAIL: tl.constexpr = SHAPE[1]
-    STEP: tl.constexpr = SHAPE[2]
-    WHOLE: tl.constexpr = SHAPE[3]
-    PRECISION: tl.constexpr = SHAPE[4]
-    if STEP > 0:
-        text, bags = features
-        tile = tl.zeros((BLOCK_P, BLOCK_N), tl.float32)
-        for first in range(0, width, STEP):
-            rows = load_rows(image, patches, first, width, STEP, WHOLE)
-            cols = load_rows(text, bags, first, width, STEP, WHOLE)
-            tile = tl.dot(rows, tl.trans(cols), tile, input_precision=PRECISION)
-    else:
-        head, tail = features
-        rows = load_rows(image, patches, 0, width, HEAD, WHOLE)
-        tile = tl.dot(rows, tl.trans(head), input_precision=PRECISION)
-        if TAIL > 0:
-            rows = load_rows(image, patches, HEAD, width, TAIL, WHOLE)
-            tile = tl.dot(rows, tl.trans(tail), tile, input_precision=PRECISION)
-    return tile
 
 
 @triton.jit
@@ -133,13 +95,6 @@ def claim_columns(
     if MASKED:
         bag = tl.load(plan[0] + owner * n_bags + bag)
     return owner, keep, bag, owner * text_stride + bag.to(tl.int64) * bag_stride
-
-
-@triton.jit
-def places_in_class(program, bounds, RANK: tl.constexpr, GROUP: tl.constexpr):
-    """First place of a program's texts, the end of class RANK, and how many programs that takes."""
-    start, end = tl.load(bounds + 4 * RANK), tl.load(bounds + 4 * RANK + 1)
-    return start + program * GROUP, end, tl.cdiv(end - start, GROUP)
 
 
 @triton.jit
@@ -371,3 +326,8 @@ def maxsim_forward_kernel(
                 TEXT_MASK, IMAGE_MASK, ZERO, MEAN, CANDIDATES, SHARED[c], WANTS_TEXT, WANTS_IMAGE,
                 ARGMAX)  # fmt: skip
         program -= programs
+    if ARGMAX:
+        mend_nan_winners(
+            order, bounds, sides, plans, outputs, sizes, images_per_program, strides, UNIT,
+            BLOCK_N, SLOT, RANKS, TEXT_MASK, IMAGE_MASK, CANDIDATES, WANTS_TEXT,
+            WANTS_IMAGE)  # fmt: skip

@@ -25,8 +25,9 @@ and a tile feeds the matrix units as if it were dense: that beats gathering rows
 
 import triton
 import triton.language as tl
-from bagformer.kernels.maxsim import SIZES, places_in_class
+from bagformer.kernels.maxsim import SIZES
 from bagformer.kernels.owners import bags_of, load_features, patches_of, store_sums, store_zeros
+from bagformer.kernels.primitives import places_in_class
 from bagformer.kernels.scales import SWEEP, scale_for_image, scale_for_texts
 from bagformer.kernels.selection import (
     chosen_bags,

@@ -18,16 +18,9 @@ import triton
 import triton.language as tl
 from bagformer.kernels import plan as planning
 from bagformer.kernels import scoring, tiles
-from bagformer.kernels.maxsim import (
-    SIZES,
-    claim_columns,
-    claim_texts,
-    load_rows,
-    places_in_class,
-    resident,
-)  # fmt: skip
+from bagformer.kernels.maxsim import SIZES, claim_columns, claim_texts, resident
 from bagformer.kernels.plan import NOTHING, Plan
-from bagformer.kernels.primitives import nan_max
+from bagformer.kernels.primitives import load_rows, nan_max, places_in_class
 from bagformer.kernels.reductions import best_bags, best_patches, flush_patches, sum_over_bags
 from torch import Tensor
 

@@ -1,93 +1,113 @@
 """Indices of maxima that are NaN: the first NaN, as ``torch.max`` gives.
 
-Keeping NaN in mind would cost the scoring kernel two more comparisons for each similarity. A NaN
-maximum shows in its pair's score, so this kernel looks over the scores and works only where one is
-NaN: one program owns PAIRS pairs, and leaves after reading their scores if they are sound.
+Keeping NaN in mind would cost the scoring loop two more comparisons for each similarity. A NaN
+maximum shows in its pair's score, so a program that has all its scores reads them back, and works
+only where one is NaN.
 """
 # ruff: noqa: N803 - Triton's constexpr parameters are written in capitals
 
 import triton
 import triton.language as tl
-from bagformer.kernels.maxsim import SIZES, similarity
+from bagformer.kernels.primitives import places_in_class, similarity
 from bagformer.kernels.reductions import NOWHERE
 
-BLOCK = tl.constexpr(16)
+BLOCK = tl.constexpr(16)  # patches, and bags, of a tile
+SCORES = tl.constexpr(128)  # that are read back at once
 
 
 @triton.jit
-def _real(plan, item, place, count, length, MASKED: tl.constexpr):
-    """Token numbers at compacted places, those past the end being the last token's."""
-    place = tl.maximum(tl.minimum(place, count - 1), 0)
+def _places(n_texts, bounds, BLOCK_N: tl.constexpr, SLOT: tl.constexpr, RANKS: tl.constexpr):
+    """First place of this program's texts and the place after the last; none: both are 0."""
+    program = tl.program_id(0)
+    first, end = 0, 0
+    if len(RANKS) == 0:
+        first = program * (BLOCK_N[0] // SLOT[0])
+        end = tl.minimum(first + BLOCK_N[0] // SLOT[0], n_texts)
+    for c in tl.static_range(len(RANKS)):
+        at, stop, programs = places_in_class(program, bounds, RANKS[c], BLOCK_N[c] // SLOT[c])
+        mine = (program >= 0) & (program < programs)
+        first = tl.where(mine, at, first)
+        end = tl.where(mine, tl.minimum(at + BLOCK_N[c] // SLOT[c], stop), end)
+        program -= programs
+    return first, end
+
+
+@triton.jit
+def _pair(pair, first, order, start, span, ORDERED: tl.constexpr):
+    """Text and image of a program's pair, or of several."""
+    text = first + pair // span
+    if ORDERED:
+        text = tl.load(order + text)
+    return tl.cast(text, tl.int64), tl.cast(start + pair % span, tl.int64)
+
+
+@triton.jit
+def _tokens(plan, item, first, length, MASKED: tl.constexpr):
+    """Tokens that count, BLOCK of them from place ``first`` on, and which of them are there."""
+    count = length
     if MASKED:
-        return tl.load(plan[0] + item * length + place)
-    return place
+        count = tl.load(plan[1] + item)
+    place = first + tl.arange(0, BLOCK)
+    token = tl.maximum(tl.minimum(place, count - 1), 0)
+    if MASKED:
+        token = tl.load(plan[0] + item * length + token)
+    return token, place < count
 
 
-@triton.jit
-def _first_nans(
-    out, own, own_plan, own_item, own_stride, n_own, other, other_plan, other_item, other_stride,
-    n_other, width, OWN_MASK: tl.constexpr, OTHER_MASK: tl.constexpr
+# A function of its own, with no argument that is worked out: inlined, what it shares with the
+# scoring loop stays in registers through that loop, which then spills or computes more.
+@triton.jit(noinline=True)
+def mend_nan_winners(
+    order, bounds, sides, plans, outputs, sizes, run, strides, UNIT: tl.constexpr,
+    BLOCK_N: tl.constexpr, SLOT: tl.constexpr, RANKS: tl.constexpr, TEXT_MASK: tl.constexpr,
+    IMAGE_MASK: tl.constexpr, CANDIDATES: tl.constexpr, WANTS_TEXT: tl.constexpr,
+    WANTS_IMAGE: tl.constexpr
 ):  # fmt: skip
-    """For each own token of one pair: write the first other token whose product with it is NaN."""
-    own_count, other_count = n_own, n_other
-    if OWN_MASK:
-        own_count = tl.load(own_plan[1] + own_item)
-    if OTHER_MASK:
-        other_count = tl.load(other_plan[1] + other_item)
-    for start in range(0, own_count, BLOCK):
-        place = start + tl.arange(0, BLOCK)
-        token = _real(own_plan, own_item, place, own_count, n_own, OWN_MASK)
-        found = tl.full((BLOCK,), NOWHERE, tl.int32)
-        for first in range(0, other_count, BLOCK):
-            rival = first + tl.arange(0, BLOCK)
-            rival = _real(other_plan, other_item, rival, other_count, n_other, OTHER_MASK)
-            features = other, rival.to(tl.int64) * other_stride
-            shape: tl.constexpr = (0, 0, 32, False, "ieee")
-            tile = similarity(own, token * own_stride, features, width, BLOCK, BLOCK, shape)
-            here = tl.min(tl.where(tile != tile, rival[None, :], NOWHERE), 1)
-            found = tl.minimum(found, here)
-        tl.store(out + token, found, mask=(place < own_count) & (found != NOWHERE))
+    """Write the first NaN's index wherever a maximum of this program's pairs is NaN.
 
-
-@triton.jit(do_not_specialize=SIZES)
-def nan_argmax_kernel(
-    text, image, text_plan, image_plan, text_to_image, image_to_text, text_argmax, image_argmax,
-    n_texts, n_images, n_bags, n_patches, width,
-    text_stride, bag_stride, list_stride, image_stride, patch_stride,
-    PAIRS: tl.constexpr, TEXT_MASK: tl.constexpr, IMAGE_MASK: tl.constexpr,
-    CANDIDATES: tl.constexpr, WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr
-):  # fmt: skip
-    start = tl.program_id(0).to(tl.int64) * PAIRS
-    pair = start + tl.arange(0, PAIRS)
-    inside = pair < n_texts.to(tl.int64) * n_images
-    turned = pair if CANDIDATES else (pair % n_images) * n_texts + pair // n_images
-    broken = tl.zeros((PAIRS,), tl.int32)
-    if WANTS_TEXT:
-        score = tl.load(text_to_image + pair, mask=inside, other=0.0)
-        broken = broken | (score != score).to(tl.int32)
-    if WANTS_IMAGE:
-        score = tl.load(image_to_text + turned, mask=inside, other=0.0)
-        broken = broken | (score != score).to(tl.int32)
-    left = tl.sum(broken, 0)
-    while left > 0:
-        one = tl.min(tl.where(broken != 0, tl.arange(0, PAIRS), PAIRS), 0)
-        broken = tl.where(tl.arange(0, PAIRS) == one, 0, broken)
-        left -= 1
-        t, i = (start + one) // n_images, (start + one) % n_images
-        item, place = i, i * n_texts + t
-        base = image + i * image_stride
-        if CANDIDATES:
-            item, place, base = start + one, start + one, base + t * list_stride
-        words = text + t * text_stride
+    A similarity that is NaN makes both scores of its pair NaN, so one of them is read. Tiles are
+    taken from the last to the first: what stays written is the lowest index.
+    """
+    n_texts, n_images, n_bags, n_patches, width = sizes
+    text_stride, bag_stride, list_stride, image_stride, patch_stride = strides
+    first, end = _places(n_texts, bounds, BLOCK_N, SLOT, RANKS)
+    start = tl.program_id(1) * run
+    span = tl.minimum(run, n_images - start)
+    pairs = (end - first) * span
+    broken = tl.zeros((SCORES,), tl.int32)
+    tl.debug_barrier()  # the program's own scores and indices are written
+    for at in range(0, pairs, SCORES):
+        pair = tl.minimum(at + tl.arange(0, SCORES), pairs - 1)
+        t, i = _pair(pair, first, order, start, span, len(RANKS) > 0)
         if WANTS_TEXT:
-            _first_nans(
-                text_argmax + (start + one) * n_bags,
-                words, text_plan, t, bag_stride, n_bags,
-                base, image_plan, item, patch_stride, n_patches, width, TEXT_MASK, IMAGE_MASK,
-            )  # fmt: skip
+            score = tl.load(outputs[0] + (t * n_images + i))
+        elif CANDIDATES:
+            score = tl.load(outputs[1] + (t * n_images + i))
+        else:
+            score = tl.load(outputs[1] + (i * n_texts + t))
+        broken |= (score != score).to(tl.int32)
+    wide = tl.cdiv(n_bags, BLOCK)
+    tiles = wide * tl.cdiv(n_patches, BLOCK)
+    left = tl.where(tl.max(broken, 0) > 0, pairs * tiles, 0)
+    while left > 0:
+        left -= 1
+        t, i = _pair(left // tiles, first, order, start, span, len(RANKS) > 0)
+        item, place, image = i, i * n_texts + t, sides[1] + i * (image_stride * UNIT)
+        if CANDIDATES:
+            item, place = t * n_images + i, t * n_images + i
+            image += t * (list_stride * UNIT)
+        row, col = left % tiles // wide * BLOCK, left % tiles % wide * BLOCK
+        patch, patch_counts = _tokens(plans[1], item, row, n_patches, IMAGE_MASK)
+        bag, bag_counts = _tokens(plans[0], t, col, n_bags, TEXT_MASK)
+        text = sides[0] + t * (text_stride * UNIT), bag.to(tl.int64) * (bag_stride * UNIT)
+        shape: tl.constexpr = (0, 0, 32, False, "ieee")
+        patches = patch * (patch_stride * UNIT)
+        tile = similarity(image, patches, text, width * UNIT, BLOCK, BLOCK, shape)
+        nan = (tile != tile) & patch_counts[:, None] & bag_counts[None, :]
+        if WANTS_TEXT:
+            found = tl.min(tl.where(nan, patch[:, None], NOWHERE), 0)
+            out = outputs[2] + (t * n_images + i) * n_bags + bag
+            tl.store(out, found, mask=found != NOWHERE)
         if WANTS_IMAGE:
-            _first_nans(
-                image_argmax + place * n_patches,
-                base, image_plan, item, patch_stride, n_patches,
-                words, text_plan, t, bag_stride, n_bags, width, IMAGE_MASK, TEXT_MASK,
-            )  # fmt: skip
+            found = tl.min(tl.where(nan, bag[None, :], NOWHERE), 1)
+            tl.store(outputs[3] + place * n_patches + patch, found, mask=found != NOWHERE)

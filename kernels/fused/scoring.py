@@ -12,13 +12,11 @@ import triton
 from bagformer.kernels import plan as planning
 from bagformer.kernels import tiles
 from bagformer.kernels.maxsim import maxsim_forward_kernel
-from bagformer.kernels.nan_argmax import nan_argmax_kernel
 from bagformer.kernels.plan import NOTHING, Plan
 from torch import Tensor
 
 LONGEST_SLOT = 128  # a text of more bags is cut into pieces of this many
 SORTED_PAIRS = 1 << 16  # with fewer pairs, a device is not full, and emptier tiles cost nothing
-PAIRS_LOOKED_OVER = 1024  # by one program of the kernel that mends the indices of NaN maxima
 LARGEST_GRID = 65535  # CUDA's limit on program axis 1
 
 
@@ -135,21 +133,6 @@ def _forward(text, image, masks, options: Options, outputs: Outputs, held=None) 
 
     for slots in launches(slot, text.shape[0], classes, tile_of):
         _launch(text, image, plan, options, outputs, slots)
-    if argmax:
-        _mend_nan_indices(text, image, plan, outputs)
-
-
-def _mend_nan_indices(text, image, plan: Plan, outputs: Outputs) -> None:
-    pairs = text.shape[0] * image.shape[-3]
-    nan_argmax_kernel[(triton.cdiv(pairs, PAIRS_LOOKED_OVER),)](
-        text, image, tuple(plan.text), tuple(plan.image), *outputs,
-        text.shape[0], image.shape[-3], text.shape[1], image.shape[-2], text.shape[2],
-        text.stride(0), text.stride(1), image.stride(0), image.stride(-3), image.stride(-2),
-        PAIRS=PAIRS_LOOKED_OVER, TEXT_MASK=plan.text is not NOTHING,
-        IMAGE_MASK=plan.image is not NOTHING, CANDIDATES=image.dim() == 4,
-        WANTS_TEXT=outputs.text_argmax.numel() > 0, WANTS_IMAGE=outputs.image_argmax.numel() > 0,
-        num_warps=4,
-    )  # fmt: skip
 
 
 def slot_classes(text: Tensor, image: Tensor, text_mask: Tensor | None) -> int:

@@ -20,7 +20,7 @@ FEW_COLUMNS = 32  # up to here a launch waits for memory, not for the matrix uni
 
 
 class Tile(NamedTuple):
-    """One configuration of the scoring kernel; see ``similarity`` in maxsim.py for the widths."""
+    """One configuration of the scoring kernel; widths as in ``similarity`` of primitives.py."""
 
     block_p: int
     block_n: int
@@ -192,9 +192,10 @@ def common_unit(*strides: int) -> int:
     """8 if it divides every stride, else 1.
 
     Kernels are given strides in these units, so that the compiler knows rows to be 16-byte aligned
-    also where a width is a multiple of 8 but not of 16, and loads them eight values at a time.
+    also where a width is a multiple of 8 but not of 16, and loads them eight values at a time. They
+    multiply in the stride's own integers, which are 64-bit only from 2**31 on.
     """
-    return 8 if all(stride % 8 == 0 for stride in strides) else 1
+    return 8 if all(stride % 8 == 0 and stride < 1 << 31 for stride in strides) else 1
 
 
 def images_per_program(device: torch.device, groups: int, n_images: int, limit: int) -> int:
