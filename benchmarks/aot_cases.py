@@ -66,6 +66,17 @@ def _backward(shape: dict[str, int], dtype: torch.dtype, form: str = "") -> None
     )  # fmt: skip
 
 
+def _again(shape: dict[str, int], form: str = "") -> None:
+    """Winners that were not saved: image gradients add up over chunks of texts, in float32."""
+    texts, images, width = shape["texts"], shape["images"], shape["width"]
+    gradients.maxsim_backward(
+        empty(texts, images), empty(images, texts),
+        empty(texts, shape["bags"], width, dtype=torch.bfloat16),
+        empty(images, shape["patches"], width, dtype=torch.bfloat16),
+        empty(texts, shape["bags"], dtype=torch.bool) if "text masks" in form else None,
+    )  # fmt: skip
+
+
 def _pool(shape: dict[str, int], dtype: torch.dtype) -> None:
     texts, bags, width = shape["texts"], shape["bags"], shape["width"]
     hidden = empty(texts, bags, width, dtype=dtype)
@@ -149,6 +160,8 @@ def cases(full: bool) -> list[Case]:
             ("bf16 D=256, 8 bags", short, lambda s: _backward(s, bf16)),
             ("bf16 D=256, candidates", rerank, lambda s: _backward(s, bf16, "candidates")),
             ("bf16 D=200", {**batch, "width": 200}, lambda s: _backward(s, bf16)),
+            ("bf16 D=256, winners again", shape, _again),
+            ("bf16 D=256, winners again, text masks", shape, lambda s: _again(s, "text masks")),
             ("bf16 D=200", {**batch, "width": 200}, lambda s: _forward(s, bf16, False)),
         ]
     return listed
