@@ -33,7 +33,7 @@ STOP = {
 }
 ONLY_ASKED = pytest.mark.skipif(
     os.environ.get("BAGFORMER_SANITIZE") != "kernels",
-    reason="takes 10 minutes; BAGFORMER_SANITIZE=kernels asks for it",
+    reason="takes minutes; BAGFORMER_SANITIZE=kernels asks for it",
 )
 
 
