@@ -137,7 +137,8 @@ class Contender:
 @dataclass(frozen=True)
 class Op:
     """``arguments(case)``: the same for everyone, the first ``leaves`` of them with gradients.
-    ``truth``: a contender that is right in float64."""
+    ``truth``: a contender that is right in float64; where a result is ``int64 [rows, K]``, the best
+    columns of each row, its truth is all the scores ``[rows, columns]``."""
 
     arguments: Callable[[Case], Arguments]
     truth: Call

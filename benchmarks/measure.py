@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import random
@@ -23,7 +24,8 @@ LIMIT = {"float32": 2e-5, "bfloat16": 2e-2}
 # Who rounds similarities to bfloat16 may name another winner of a near tie, whose gradient goes
 # elsewhere then. That is an error, and is recorded, but no reason not to time a rival.
 RIVALS_STEP = {"float32": 2e-5, "bfloat16": 0.5}
-# texts that parity is judged on: more than those that our kernels score in another way
+# texts that rivals' parity is judged on, and first ours: more than those that our kernels score in
+# another way
 JUDGED = 6
 SIDE = 2048
 COPIED = 1 << 26  # float32 numbers
@@ -32,8 +34,8 @@ ROUNDS, FEWEST, SECONDS = 9, 3, 9.0
 
 @dataclass
 class Judged:
-    """Calls that gave the right answer on a small part of the case, each with its own layout of
-    the inputs, and what became of every contender."""
+    """Calls that gave the right answer, ours on the whole case and others on a small part of it,
+    each with its own layout of the inputs, and what became of every contender."""
 
     calls: dict[str, tuple[Call, Arguments]] = field(default_factory=dict)
     report: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -47,30 +49,62 @@ def _wide(arguments: Arguments) -> Arguments:
     )
 
 
-def _distance(result: torch.Tensor, true: torch.Tensor) -> float:
+def _distance(result: torch.Tensor, true: torch.Tensor, ranks: float) -> float:
     """Largest error relative to the largest value; infinite for NaN and for another shape."""
+    if not result.is_floating_point():
+        return _misplaced(result, true, ranks)
     if result.shape != true.shape:
         return float("inf")
     error = ((result.double() - true).abs().max() / true.abs().max()).item()
     return error if math.isfinite(error) else float("inf")
 
 
-def error_of(call: Call, one: Contender, case: Case) -> float:
+def _misplaced(ranks: torch.Tensor, scores: torch.Tensor, allowed: float) -> float:
+    """Infinite unless every row of ``ranks`` holds the best columns of ``scores``, best first, the
+    lowest of equals first. Two scores that are nearer than ``allowed`` may change places."""
+    rows, columns = scores.shape
+    if ranks.dim() != 2 or len(ranks) != rows or not 0 < ranks.shape[1] <= columns:
+        return float("inf")
+    k = ranks.shape[1]
+    if not bool(((ranks >= 0) & (ranks < columns)).all()):
+        return float("inf")
+    place = torch.full((rows, columns), k)  # of each column among the best; k: not there
+    place.scatter_(1, ranks, torch.arange(k).expand(rows, k))
+    twice = bool(((place < k).sum(1) < k).any())
+    best, order = scores.sort(dim=1, descending=True, stable=True)
+    apart = (scores.gather(1, ranks) - best[:, :k]).abs() / scores.abs().max()
+    place = place.gather(1, order)
+    equal = best[:, 1:] == best[:, :-1]
+    turned = equal & (place[:, 1:] < k) & (place[:, :-1] > place[:, 1:])
+    return float("inf") if twice or bool(turned.any()) or not apart.max() <= allowed else 0.0
+
+
+def truth_of(case: Case) -> list[torch.Tensor | None]:
+    """Results and, of a step, gradients, in float64."""
+    op = OPS[case.op]
+    wide = _wide(op.arguments(case))
+    true = list(op.truth(*wide))
+    return true + list(with_gradients(op.truth, op.leaves)(*wide)) if case.step else true
+
+
+def error_of(
+    call: Call, one: Contender, case: Case, true: list[torch.Tensor | None] | None = None
+) -> float:
     """Largest error relative to the largest value, over results and, of a step, gradients.
 
-    A rival may leave a result out; ours may not.
+    A rival may leave a result out; ours may not. ``true``: what ``truth_of`` gives, if it is known.
     """
     op = OPS[case.op]
     given = op.arguments(case)
-    wide = _wide(given)
-    found = list(zip(call(*one.layout(*given)), op.truth(*wide), strict=True))
+    found = list(call(*one.layout(*given)))
     if case.step:
-        mine = with_gradients(call, op.leaves)(*given)
-        found += zip(mine, with_gradients(op.truth, op.leaves)(*wide), strict=True)
-    given_up = [result is None and true is not None for result, true in found]
+        found += with_gradients(call, op.leaves)(*given)
+    pairs = list(zip(found, truth_of(case) if true is None else true, strict=True))
+    given_up = [result is None and true is not None for result, true in pairs]
     if all(given_up) or (any(given_up) and one.ours):
         return float("inf")
-    return max(_distance(result, true) for result, true in found if result is not None)
+    ranks = LIMIT["float32"]
+    return max(_distance(result, true, ranks) for result, true in pairs if result is not None)
 
 
 def _limit(one: Contender, case: Case) -> float:
@@ -81,13 +115,18 @@ def _limit(one: Contender, case: Case) -> float:
     return max((RIVALS_STEP if case.step else LIMIT)[case.dtype], one.inexact)
 
 
-def _refused(one: Contender, case: Case, judged: Judged) -> str | None:
-    """Why a contender is not timed; None if it is."""
+def _refused(
+    one: Contender, case: Case, judged: Judged, truth: Callable[[], Any] | None
+) -> str | None:
+    """Why a contender is not timed; None if it is. ``truth``: of the whole case, which ours must
+    meet; None: a part will do."""
     try:
         call = one.make(case)
         if isinstance(call, str):
             return call
         error = error_of(call, one, case.cut(JUDGED))
+        if one.ours and truth is not None:
+            error = max(error, error_of(call, one, case, truth()))
     except Exception as problem:
         if one.ours:
             raise
@@ -103,12 +142,14 @@ def _refused(one: Contender, case: Case, judged: Judged) -> str | None:
     return None
 
 
-def judge(case: Case, alone: bool = False) -> Judged:
-    """``alone``: those who need a process of their own, instead of the others."""
+def judge(case: Case, alone: bool = False, whole: bool = True) -> Judged:
+    """``alone``: those who need a process of their own, instead of the others. ``whole``: ours must
+    be right on the whole case."""
     judged = Judged()
+    truth = functools.cache(lambda: truth_of(case)) if whole else None
     for one in OPS[case.op].contenders:
         if one.alone == alone:
-            reason = one.missing() or _refused(one, case, judged)
+            reason = one.missing() or _refused(one, case, judged, truth)
             if reason:
                 judged.report[one.name] = {"skipped": reason}
     return judged
@@ -208,7 +249,7 @@ def _high_water() -> int:
 def memory(case: Case) -> dict[str, float]:
     """MB that one call of each contender adds at its peak."""
     torch.set_num_threads(case.threads)
-    judged = judge(case)
+    judged = judge(case, whole=False)
     found = {}
     for name, (call, given) in judged.calls.items():
         call(*given)  # what compiles at the first call of a shape does so before

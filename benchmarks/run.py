@@ -3,12 +3,12 @@
     python benchmarks/run.py [--quick] [--only TEXT] [--out benchmarks/results/cpu.json [--update]]
 
 Each case has a process of its own, with its threads and its instruction set. There, before anything
-is timed, every contender's results and gradients are compared with float64; if ours are wrong the
-exit status is 1, and a rival's error is recorded and the rival not timed. Then contenders run in
-turn within each round, next to torch's own 2,048 x 2,048 x 2,048 product and the processor's own
-rate of multiply-adds, so that a busy machine slows all of them: compare ratios. Peak memory is what
-one call adds to the resident set, measured in another process whose allocator gives memory back
-(Linux alone).
+is timed, every contender's results and gradients are compared with float64, rivals' on a few texts
+and images, ours on all; if ours are wrong the exit status is 1, and a rival's error is recorded and
+the rival not timed. Then contenders run in turn within each round, next to torch's own 2,048 x
+2,048 x 2,048 product and the processor's own rate of multiply-adds, so that a busy machine slows
+all of them: compare ratios. Peak memory is what one call adds to the resident set, measured in
+another process whose allocator gives memory back (Linux alone).
 """
 
 from __future__ import annotations

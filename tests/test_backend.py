@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import os
 import re
 import subprocess
@@ -13,9 +14,10 @@ import pytest
 import torch
 from support.makers import features
 
+import bagformer
 from bagformer import bag_pool, explain_backend, l2_normalize, maxsim, maxsim_topk
-from bagformer.ops import _native, _triton
-from bagformer.ops.backend import choose_backend
+from bagformer.ops import _native, _triton, backend
+from bagformer.ops.backend import OPERATORS, choose_backend
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -138,6 +140,75 @@ def test_explanation_names_backend_reason_and_instruction_set(monkeypatch):
         explain_backend("softmax", text)
     with pytest.raises(ValueError, match="at least one of the operator's tensors"):
         explain_backend("maxsim")
+
+
+def public_operators():
+    """Functions of the package whose callers may choose a backend."""
+    found = {name: getattr(bagformer, name) for name in bagformer.__all__}
+    functions = {name: one for name, one in found.items() if inspect.isfunction(one)}
+    return {
+        name
+        for name, one in functions.items()
+        if "backend" in inspect.signature(one).parameters and one is not explain_backend
+    }
+
+
+def test_every_public_operator_can_be_explained():
+    assert {"maxsim_pairs", "maxsim_topk_screened"} <= public_operators()
+    # maxsim_candidates is what maxsim calls for images [Nt, K, P, D]
+    assert public_operators() | {"maxsim_candidates"} == set(OPERATORS)
+    assert list(OPERATORS) == sorted(OPERATORS)
+    for op in OPERATORS:
+        assert f"``{op}``" in explain_backend.__doc__
+        assert explain_backend(op, torch.ones(1)).startswith(f"{op} on cpu torch.float32: backend")
+
+
+CALLS = {
+    "bag_pool": lambda x, **how: bag_pool(x, torch.tensor([[0, 2], [1, 2]]), **how),
+    "l2_normalize": l2_normalize,
+    "maxsim": lambda x, **how: maxsim(x, x, **how),
+    "maxsim_candidates": lambda x, **how: maxsim(x, x[:, None], **how),
+    "maxsim_pairs": lambda x, **how: bagformer.maxsim_pairs(x, x, **how),
+    "maxsim_quantized": lambda x, **how: bagformer.maxsim_quantized(
+        x, bagformer.quantize_features(x), **how
+    ),
+    "maxsim_topk": lambda x, **how: maxsim_topk(x, x, 1, **how),
+    "maxsim_topk_screened": lambda x, **how: bagformer.maxsim_topk_screened(
+        x, bagformer.screen_images(x), 1, **how
+    ),
+}
+
+
+@pytest.mark.parametrize("op", list(CALLS))
+@pytest.mark.parametrize("asked", ["auto", "cpu", "torch", "reference"])
+def test_an_explanation_is_what_a_call_does(op, asked, monkeypatch):
+    chosen = []
+
+    def watched(op, *rest):
+        chosen.append((op, choose_backend(op, *rest).backend))
+        return choose_backend(op, *rest)
+
+    ops = [one for name, one in sys.modules.items() if name.startswith("bagformer.ops.")]
+    for module in ops:
+        if module is not backend and hasattr(module, "choose_backend"):
+            monkeypatch.setattr(module, "choose_backend", watched)
+    CALLS[op](features(2, 2, 3), backend=asked)
+    line = explain_backend(op, features(2, 2, 3), backend=asked)
+    assert chosen and all(f"backend '{ran}'" in line for _, ran in chosen)
+    if op != "maxsim_topk":  # it calls maxsim for each block, which goes without saying
+        assert all(re.search(rf"\b{called}\b", line) for called, _ in chosen)
+
+
+def test_a_screen_is_for_cpu_tensors_and_kernels_of_int8(a_gpu, monkeypatch):
+    there = torch.empty(1, device="meta")
+    with pytest.raises(ValueError, match=r"needs CPU tensors, got tensors on meta; maxsim_topk"):
+        explain_backend("maxsim_topk_screened", there)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    text = features(1, 2, 3)
+    assert "backend 'triton'" in explain_backend("maxsim_topk", text, backend="triton")
+    for call in (explain_backend, lambda op, x, **how: CALLS[op](x, **how)):
+        with pytest.raises(ValueError, match=r"backend='triton': .* got torch.int8"):
+            call("maxsim_topk_screened", text, backend="triton")
 
 
 def test_instruction_set_is_validated(monkeypatch):

@@ -14,6 +14,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bagformer import reference
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 NAN = float("nan")
@@ -135,6 +137,98 @@ def test_no_fault_of_ours_passes(suite, monkeypatch, spoil, name):
     wrong = replace(ours, name=name, make=lambda case: lambda *given: spoil(*right(*given)))
     contend(monkeypatch, suite, *([wrong] if name == "ours" else [ours, wrong]))
     assert suite.measure(case.tiny(), 3, 0.1)["wrong"].startswith(f"{name}: wrong: error ")
+
+
+def put_in_the_last_place(tensor, wrong):
+    spoiled = tensor.clone()
+    spoiled.flatten()[-1] = wrong(spoiled.flatten()[-1])
+    return spoiled
+
+
+OUTSIDE = [
+    ("scores", "bfloat16", 0, lambda number: number * 1.001),
+    ("scores", "float32", 1, lambda number: number * 1.001),
+    ("topk", "float32", 0, lambda number: number * 1.001),
+    ("topk", "float32", 1, lambda place: (place + 1) % 10),
+    ("pool", "float32", 0, lambda number: number + 0.001),
+    ("normalize", "float32", 0, lambda number: number + 0.001),
+]
+
+
+@pytest.mark.parametrize("kind,dtype,place,wrong", OUTSIDE)
+def test_a_wrong_entry_outside_of_the_slice_ends_the_run(
+    suite, monkeypatch, capsys, kind, dtype, place, wrong
+):
+    case = next(case for case in suite.CASES if (case.kind, case.dtype) == (kind, dtype))
+    case = replace(case.tiny(), texts=10, images=10, patches=18)
+    ours = suite.OPS[case.op].contenders[0]
+    right, spoilt = ours.make(case), []
+
+    def spoil(*given):
+        found = list(right(*given))
+        if len(given[0]) == 10:  # all of the case, and not the slice
+            spoilt.append(place)
+            found[place] = put_in_the_last_place(found[place], wrong)
+        return tuple(found)
+
+    monkeypatch.setattr(suite, "CASES", (case,))
+    monkeypatch.setattr(suite, "_child", lambda _i, what, _c, _e: suite.measure(case, 3, 0.1))
+    monkeypatch.setattr(suite.peak, "build", lambda folder: None)
+    monkeypatch.setattr(suite.sys, "platform", "none")  # no process for memory
+    assert suite.main([]) == 0
+    op = replace(suite.OPS[case.op], contenders=(replace(ours, make=lambda case: spoil),))
+    monkeypatch.setitem(suite.OPS, case.op, op)
+    assert suite.main([]) == 1 and spoilt
+    assert f"ours, {case.name}, {dtype}: ours: wrong: error " in capsys.readouterr().err
+
+
+def test_a_wrong_gradient_outside_of_the_slice_is_found(suite, monkeypatch):
+    case = next(case for case in suite.CASES if (case.kind, case.dtype) == ("step", "float32"))
+    case = replace(case.tiny(), texts=10, images=10)
+    ours = suite.OPS["maxsim"].contenders[0]
+    right = ours.make(case)
+
+    def spoil(text, image, *masks):
+        found = right(text, image, *masks)
+        if len(text) < 10:
+            return found
+        # as much as before, with another gradient
+        shift = text[-1].sum() - text[-1].sum().detach()
+        return found[0] + 0.01 * shift, found[1]
+
+    contend(monkeypatch, suite, ours)
+    assert "wrong" not in suite.measure(case, 3, 0.1)
+    contend(monkeypatch, suite, replace(ours, make=lambda case: spoil))
+    assert suite.measure(case, 3, 0.1)["wrong"].startswith("ours: wrong: error ")
+
+
+@pytest.mark.parametrize("kind", ["step", "ragged", "nested"])
+def test_the_truth_in_parts_is_the_references(suite, monkeypatch, kind):
+    contenders = importlib.import_module("contenders")
+    monkeypatch.setattr(contenders, "HELD", 1000)  # a text at a time
+    case = replace(next(case for case in suite.CASES if case.kind == kind).tiny(), kind=kind)
+    text, image, *masks = suite.OPS["maxsim"].arguments(case)
+    sides = [side.double().requires_grad_() for side in (text, image)]
+    ours = contenders.truth(*sides, *masks)
+    theirs = reference.maxsim(*sides, text_mask=masks[0], image_mask=masks[1])[:2]
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    grads = [torch.autograd.grad(sum(one.sum() for one in both), sides) for both in (ours, theirs)]
+    torch.testing.assert_close(*grads, rtol=1e-12, atol=1e-12)
+
+
+def test_ranks_are_judged_with_their_ties(suite):
+    measure = importlib.import_module("measure")
+    scores = torch.tensor([[3.0, 5.0, 5.0, 1.0, 5.0, 3.0, 2.99999999]], dtype=torch.float64)
+
+    def fault(*ranks, scores=scores):
+        return measure._misplaced(torch.tensor([ranks]), scores, 1e-6)
+
+    assert fault(1, 2, 4, 0, 5) == 0 and fault(1, 2) == 0
+    assert fault(1, 2, 4, 0, 6, 5) == 0, "6 is as good as 5 but for rounding"
+    for wrong in [(2, 1), (1, 4), (1, 2, 4, 5), (1, 2, 4, 3), (1, 1, 2), (1, 2, 7), (-6, 2)]:
+        assert fault(*wrong) == float("inf"), wrong
+    assert fault(1, 2, scores=scores * float("nan")) == float("inf")
+    assert measure._misplaced(torch.tensor([[1], [1]]), scores, 1e-6) == float("inf")
 
 
 def test_a_rival_may_leave_a_direction_out_but_not_be_nan(suite, monkeypatch):

@@ -124,6 +124,16 @@ def test_doctor_reports_and_judges(run, monkeypatch):
     assert "BROKEN     scoring: RuntimeError: the kernels are off" in out
 
 
+def test_doctor_says_which_operators_would_refuse(run, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("BAGFORMER_BACKEND", "triton")
+    _, out, err = run("doctor", "--json")
+    lines = [line for line in json.loads(out)["backends"] if " on cpu " in line]
+    assert err == "" and len(lines) > 7
+    for line in lines:
+        assert ": none (BAGFORMER_BACKEND='triton': the Triton kernels need CUDA tensors" in line
+
+
 def test_doctor_finds_files_that_changed(tmp_path):
     from hashlib import sha256
 

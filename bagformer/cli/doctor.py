@@ -142,10 +142,16 @@ def _backends(gpus: list[str]) -> list[str]:
 
     from bagformer.ops.backend import OPERATORS, explain_backend
 
+    def line(op: str, tensor: torch.Tensor) -> str:
+        try:
+            return explain_backend(op, tensor)
+        except (ImportError, ValueError) as refusal:  # calls with these tensors say the same
+            return f"{op} on {tensor.device.type} {tensor.dtype}: none ({refusal})"
+
     tensors = [torch.zeros(1)]
     if gpus:
         tensors += [torch.zeros(1, device="cuda", dtype=torch.bfloat16)]
-    return [explain_backend(op, tensor) for tensor in tensors for op in OPERATORS]
+    return [line(op, tensor) for tensor in tensors for op in OPERATORS]
 
 
 def _tools() -> dict[str, str | None]:

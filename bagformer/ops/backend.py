@@ -18,8 +18,10 @@ OPERATORS = (
     "l2_normalize",
     "maxsim",
     "maxsim_candidates",
+    "maxsim_pairs",
     "maxsim_quantized",
     "maxsim_topk",
+    "maxsim_topk_screened",
 )
 ENVIRONMENT = "BAGFORMER_BACKEND"
 
@@ -80,11 +82,18 @@ def explain_backend(op: str, *tensors: Tensor, backend: str = "auto") -> str:
     """Say which backend ``op`` would run on ``tensors`` with, and why.
 
     Args:
-        op: one of ``bag_pool``, ``l2_normalize``, ``maxsim``, ``maxsim_candidates``,
-            ``maxsim_quantized``, ``maxsim_topk``.
+        op: one of ``bag_pool``, ``l2_normalize``, ``maxsim``, ``maxsim_candidates`` (``maxsim`` of
+            images ``[Nt, K, P, D]``), ``maxsim_pairs``, ``maxsim_quantized``, ``maxsim_topk``,
+            ``maxsim_topk_screened``.
         tensors: the operator's tensors; the first decides device and dtype. Given text and image,
             the line for ``triton`` also says which tiles the scoring kernel would use.
         backend: what would be passed as ``backend=``.
+
+    Raises:
+        TypeError: one of ``tensors`` is not a tensor.
+        ValueError: ``op`` is unknown, no tensor is given, or the operator would refuse the device,
+            dtype or backend.
+        ImportError: the backend asked for is not installed.
     """
     check_choice("op", op, OPERATORS)
     if not tensors:
@@ -96,8 +105,19 @@ def explain_backend(op: str, *tensors: Tensor, backend: str = "auto") -> str:
     line = (
         f"{op} on {first.device.type} {first.dtype}: backend '{choice.backend}' ({choice.reason})"
     )
+    if op == "maxsim_pairs":
+        line += "; runs maxsim_candidates"
+    if op == "maxsim_topk_screened":
+        if first.device.type != "cpu":
+            raise ValueError(
+                f"{op} needs CPU tensors, got tensors on {first.device}; maxsim_topk serves them"
+            )
+        # its screen has int8 texts, which not every backend takes
+        choose_backend("maxsim_quantized", first.device, torch.int8, backend)
+        line += "; runs maxsim_quantized on int8 copies, then maxsim on what these leave"
     if choice.backend == "cpu":
         line += f"; {_native.describe()}"
     if choice.backend == "triton" and op.startswith("maxsim") and len(tensors) > 1:
-        line += f"; {_maxsim_triton.describe(first, tensors[1])}"
+        image = tensors[1][:, None] if op == "maxsim_pairs" else tensors[1]
+        line += f"; {_maxsim_triton.describe(first, image)}"
     return line

@@ -9,7 +9,10 @@ namespace {
 class Linker {
   public:
     Linker(std::span<const Block> blocks, std::span<State> states, std::span<Link> links)
-        : view_{.blocks = blocks, .states = states}, states_(states), links_(links) {}
+        : states_(states), links_(links) {
+        view_.blocks = blocks;
+        view_.states = states;
+    }
 
     // States come in order of depth, so every link that is followed here is already known.
     void visit(uint32_t state, uint32_t code, uint32_t depth) {

@@ -8,22 +8,19 @@
 #include <string>
 
 #include "bags/matchers.h"
+#include "cpu/parallel.h"
 
 namespace bagformer::bags {
 namespace {
 
 constexpr int64_t kCachedCodes = 1 << 14;  // of one thread
 
+// Calls work(share, begin, end): a share of the rows for each thread.
 template <class Work>
-void for_each_row(int64_t rows, int threads, const Work& work) {
-#ifdef _OPENMP
-    if (threads > 1) {
-#pragma omp parallel for schedule(static) num_threads(threads)
-        for (int64_t row = 0; row < rows; ++row) work(row);
-        return;
-    }
-#endif
-    for (int64_t row = 0; row < rows; ++row) work(row);
+void for_each_share(int64_t rows, int threads, const Work& work) {
+    const int64_t share = std::max<int64_t>((rows + threads - 1) / threads, 1);
+    parallel_for((rows + share - 1) / share, threads,
+                 [&](int64_t k, int) { work(k, k * share, std::min(rows, (k + 1) * share)); });
 }
 
 uint32_t find_rare(const View& view, uint64_t id) {
@@ -92,13 +89,10 @@ Cuts::Cuts(const View& view, const Ids& ids, int threads)
     // a thread cuts its rows in small groups, whose codes stay in the cache
     const int64_t group =
         std::clamp<int64_t>(kCachedCodes / std::max<int64_t>(tokens_, 1), 1, kLanes);
-    const int64_t share = std::max<int64_t>((rows_ + threads_ - 1) / threads_, 1);
-    const int64_t n_shares = (rows_ + share - 1) / share;
-    std::vector<uint32_t> scratch(size_t(n_shares) * group * tokens_);
-    for_each_row(n_shares, threads_, [&](int64_t k) {
+    std::vector<uint32_t> scratch(size_t(threads_) * group * tokens_);
+    for_each_share(rows_, threads_, [&](int64_t k, int64_t begin, int64_t end) {
         uint32_t* const codes = scratch.data() + k * group * tokens_;
-        const int64_t end = std::min(rows_, (k + 1) * share);
-        for (int64_t row = k * share; row < end; row += group) {
+        for (int64_t row = begin; row < end; row += group) {
             Row rows[kLanes];
             const int64_t n = std::min(group, end - row);
             for (int64_t j = 0; j < n; ++j) {
@@ -159,9 +153,11 @@ void Cuts::write_row(int64_t row, int32_t* offsets, bool* mask) const {
 }
 
 void Cuts::write(int32_t* offsets, bool* mask, int32_t* counts) const {
-    for_each_row(rows_, threads_, [&](int64_t row) {
-        write_row(row, offsets + row * (n_bags_ + 1), mask + row * n_bags_);
-        counts[row] = truncates_ ? int32_t(n_bags_) : counts_[row];
+    for_each_share(rows_, threads_, [&](int64_t, int64_t begin, int64_t end) {
+        for (int64_t row = begin; row < end; ++row) {
+            write_row(row, offsets + row * (n_bags_ + 1), mask + row * n_bags_);
+            counts[row] = truncates_ ? int32_t(n_bags_) : counts_[row];
+        }
     });
 }
 

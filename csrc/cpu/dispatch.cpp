@@ -5,7 +5,9 @@
 #include <string>
 #include <vector>
 
-#if BAGFORMER_ARM64 && defined(__linux__)
+#if BAGFORMER_X86 && defined(__GNUC__)
+#include <cpuid.h>
+#elif BAGFORMER_ARM64 && defined(__linux__)
 #include <sys/auxv.h>
 #elif BAGFORMER_ARM64 && defined(__APPLE__)
 #include <sys/sysctl.h>
@@ -34,11 +36,18 @@ bool has_bf16() { return false; }
 #endif
 #endif
 
+#if BAGFORMER_X86 && defined(__GNUC__)
+// older Clang does not know this name in __builtin_cpu_supports (llvm-project pull 78384)
+bool has_f16c() {
+    unsigned a = 0, b = 0, c = 0, d = 0;
+    return __get_cpuid(1, &a, &b, &c, &d) != 0 && (c >> 29 & 1) != 0;
+}
+#endif
+
 Isa detect() {
-#if BAGFORMER_X86 && (defined(__GNUC__) || defined(__clang__))
+#if BAGFORMER_X86 && defined(__GNUC__)
     __builtin_cpu_init();
-    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-                      __builtin_cpu_supports("f16c");
+    const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
         if (!__builtin_cpu_supports("avx512vnni")) return Isa::avx512;
@@ -46,7 +55,7 @@ Isa detect() {
     }
     if (avx2) return Isa::avx2;
 #elif BAGFORMER_ARM64
-    if (!has_dotprod()) return Isa::neon;
+    if (!BAGFORMER_ARM64_EXTENSIONS || !has_dotprod()) return Isa::neon;
     return has_bf16() ? Isa::neonbf16 : Isa::neondotprod;
 #endif
     return Isa::scalar;
@@ -66,8 +75,10 @@ const std::vector<Isa>& isa_levels() {
 #if BAGFORMER_X86
     static const std::vector<Isa> levels{Isa::scalar, Isa::avx2, Isa::avx512, Isa::avx512vnni,
                                          Isa::avx512bf16};
-#elif BAGFORMER_ARM64
+#elif BAGFORMER_ARM64_EXTENSIONS
     static const std::vector<Isa> levels{Isa::scalar, Isa::neon, Isa::neondotprod, Isa::neonbf16};
+#elif BAGFORMER_ARM64
+    static const std::vector<Isa> levels{Isa::scalar, Isa::neon};
 #else
     static const std::vector<Isa> levels{Isa::scalar};
 #endif

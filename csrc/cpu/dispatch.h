@@ -16,6 +16,16 @@
 #define BAGFORMER_ARM64 0
 #endif
 
+// Whether single functions may be compiled for Arm's extensions. Clang could not before 16, which
+// Apple calls 15: builds by it have neon as their last level.
+#if BAGFORMER_ARM64 && defined(__apple_build_version__)
+#define BAGFORMER_ARM64_EXTENSIONS (__clang_major__ >= 15)
+#elif BAGFORMER_ARM64 && defined(__clang__)
+#define BAGFORMER_ARM64_EXTENSIONS (__clang_major__ >= 16)
+#else
+#define BAGFORMER_ARM64_EXTENSIONS BAGFORMER_ARM64
+#endif
+
 #include <vector>
 
 namespace bagformer {

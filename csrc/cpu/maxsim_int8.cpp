@@ -27,7 +27,9 @@ const Int8Kernels& int8_kernels_of(Isa isa) {
     if (isa == Isa::avx512) return avx512_int8_kernels();
     if (isa == Isa::avx2) return avx2_int8_kernels();
 #elif BAGFORMER_ARM64
+#if BAGFORMER_ARM64_EXTENSIONS
     if (isa >= Isa::neondotprod) return neondotprod_int8_kernels();
+#endif
     if (isa == Isa::neon) return neon_int8_kernels();
 #endif
     (void)isa;

@@ -2,7 +2,7 @@
 // times the products of a float multiply-add. Both sides are signed, so nothing is stored plus 128.
 #include "cpu/maxsim_int8.h"
 
-#if BAGFORMER_ARM64
+#if BAGFORMER_ARM64_EXTENSIONS
 #include <arm_neon.h>
 
 #include <cstdint>

@@ -11,8 +11,6 @@ namespace {
 #include "cpu/vector_plain.h"
 
 struct Int8x4 : Plain<float> {
-    static constexpr int kFeatures = 2;  // in a word
-
     static I words(const uint32_t* p) {
         return each<I>([&](int i) { return static_cast<int32_t>(p[i]); });
     }

@@ -3,7 +3,7 @@
 // rounded to odd, subnormal numbers count as zero. float32 and float16 run as under plain NEON.
 #include "cpu/maxsim.h"
 
-#if BAGFORMER_ARM64
+#if BAGFORMER_ARM64_EXTENSIONS
 #include <arm_neon.h>
 
 #include <bit>

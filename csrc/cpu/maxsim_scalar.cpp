@@ -34,7 +34,9 @@ const CpuKernels& kernels_of(Isa isa) {
     if (isa == Isa::avx512 || isa == Isa::avx512vnni) return avx512_kernels();
     if (isa == Isa::avx2) return avx2_kernels();
 #elif BAGFORMER_ARM64
+#if BAGFORMER_ARM64_EXTENSIONS
     if (isa == Isa::neonbf16) return neonbf16_kernels();
+#endif
     // SDOT multiplies int8 alone
     if (isa == Isa::neon || isa == Isa::neondotprod) return neon_kernels();
 #endif

@@ -52,7 +52,7 @@ void check_gradient(const Case& of, Fail&& fail) {
     call.image_argmax = answer.image_argmax->view;
     call.grad_text = grad_text.view;
     call.grad_image = grad_image.view;
-    call.n_threads = 1;
+    call.n_threads = threads;
     call.isa = bagformer::active_isa();
     bagformer::maxsim_backward(call);
 
@@ -83,6 +83,7 @@ int check_backward(Fail&& fail) {
                 of.candidates = candidates;
                 of.masks = depth % 2 ? Masks::random : Masks::none;
                 of.zero = depth % 4 == 3;
+                of.shifted = depth % 4 < 2;
                 of.seed = static_cast<uint64_t>(++count);
                 check_gradient(of, fail);
             }

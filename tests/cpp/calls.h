@@ -23,8 +23,7 @@ struct Case {
     Masks masks = Masks::none;
     Poison poison = Poison::none;
     bool candidates = false, zero = false, mean = false, argmax = false, exact = true;
-    bool strided = false;
-    int threads = 1;
+    bool strided = false, shifted = false;
     uint64_t seed = 1;
 
     std::string name() const {
@@ -32,11 +31,11 @@ struct Case {
         std::snprintf(
             line, sizeof line,
             "texts %d x %d bags, images %d x %d patches%s, D %d, dtypes %d %d, masks %d%s, "
-            "poison %d%s%s%s%s, seed %d",
+            "poison %d%s%s%s%s%s, seed %d",
             int(texts), int(bags), int(images), int(patches), candidates ? " (candidates)" : "",
             int(depth), int(text), int(image), int(masks), zero ? " zero" : "", int(poison),
             mean ? ", mean" : "", argmax ? ", argmax" : "", exact ? ", whole numbers" : "",
-            strided ? ", strided" : "", int(seed));
+            strided ? ", strided" : "", shifted ? ", shifted" : "", int(seed));
         return line;
     }
     bool narrow() const { return image == DType::i8 || image == DType::f8; }
@@ -52,9 +51,10 @@ struct Input {
     explicit Input(const Case& made) : of(made) {
         Random random(of.seed);
         const int64_t step = of.strided ? 2 : 1, pad = of.strided ? 3 : 0;
-        text =
-            std::make_unique<Tensor>(of.text, std::vector{of.texts, of.bags, of.depth}, step, pad);
-        image = std::make_unique<Tensor>(of.image, with_depth(image_shape()), step, pad);
+        const int64_t lead = of.shifted ? 1 : 0;
+        const std::vector<int64_t> text_shape{of.texts, of.bags, of.depth};
+        text = std::make_unique<Tensor>(of.text, text_shape, step, pad, lead);
+        image = std::make_unique<Tensor>(of.image, with_depth(image_shape()), step, pad, lead);
         if (of.masks != Masks::none) {
             text_mask = make_mask({of.texts, of.bags}, of.bags, random);
             image_mask = make_mask(image_shape(), of.patches, random);
@@ -146,7 +146,7 @@ struct Answer {
         return of.candidates ? text * of.images + image : image * of.texts + text;
     }
 
-    explicit Answer(const Input& input) {
+    explicit Answer(const Input& input, int n_threads = threads) {
         const Case& of = input.of;
         const auto turned =
             of.candidates ? std::vector{of.texts, of.images} : std::vector{of.images, of.texts};
@@ -173,7 +173,7 @@ struct Answer {
         call.image_argmax = view(image_argmax);
         call.zero_mode = of.zero;
         call.mean = of.mean;
-        call.n_threads = of.threads;
+        call.n_threads = n_threads;
         call.isa = bagformer::active_isa();
         bagformer::maxsim_forward(call);
     }

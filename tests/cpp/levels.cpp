@@ -3,6 +3,7 @@
 //
 //     levels            all checks; prints a line for each level, exits 1 where one has failed
 //     levels best       the name of the best level
+//     levels threads N  all checks with N threads, and those of threads.h
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -15,6 +16,7 @@
 #include "calls.h"
 #include "cpu/dispatch.h"
 #include "pool.h"
+#include "threads.h"
 
 namespace check {
 
@@ -75,12 +77,6 @@ std::vector<std::string> levels() {
 
 void use(const std::string& level) { setenv("BAGFORMER_CPU_ISA", level.c_str(), 1); }
 
-bool same_bits(const Held& first, const Held& second) {
-    if (!first) return true;
-    return first->bytes.size() == second->bytes.size() &&
-           std::memcmp(first->bytes.data(), second->bytes.data(), first->bytes.size()) == 0;
-}
-
 // What the case gives on every level, against the oracle; and int8 with int8 to the bit.
 void run(const Case& of) {
     const Input input(of);
@@ -100,6 +96,8 @@ void run(const Case& of) {
                 compare_side(level, of, expected.image, answer->i2t->score(turned),
                              answer->image_argmax.get(), turned * of.patches, expected, true);
             }
+        if (threads > 1 && !same_bits(*answer, Answer(input, 1)))
+            fail(level, of, "threads change bits");
         if (!scalar) {
             scalar = std::move(answer);
         } else if (of.text == DType::i8 && of.poison == Poison::none) {
@@ -190,11 +188,39 @@ std::vector<Case> cases() {
                 of.argmax = random.below(2) == 0;
                 of.exact = random.below(4) > 0;
                 of.strided = random.below(6) == 0;
+                of.shifted = turn % 5 < 2;
                 if (of.exact && random.below(4) == 0)
                     of.poison = static_cast<Poison>(1 + random.below(2));
                 made.push_back(of);
             }
     return made;
+}
+
+// Returns the number of cases.
+int check_threads(const std::string& level) {
+    const auto fail_case = [&](const Case& of, const std::string& what) { fail(level, of, what); };
+    int count = 0;
+    for (DType dtype : {DType::f32, DType::bf16, DType::i8}) {
+        check_groups(dtype, fail_case);
+        ++count;
+    }
+    for (const Kind& kind : kKinds)
+        for (bool candidates : {false, true}) {
+            Case of{5, 9, 4, 21, 36};
+            of.text = kind.text;
+            of.image = kind.image;
+            of.masks = Masks::random;
+            of.argmax = candidates;
+            of.candidates = candidates;
+            of.exact = false;
+            check_callers(of, fail_case);
+            ++count;
+        }
+    for (DType dtype : {DType::f32, DType::bf16, DType::f16, DType::f64}) {
+        check_wide_pool(dtype, [&](const std::string& what) { fail(level, what); });
+        ++count;
+    }
+    return count;
 }
 
 int check_all() {
@@ -219,6 +245,7 @@ int check_all() {
         count +=
             check_backward([&](const Case& of, const std::string& what) { fail(level, of, what); });
         count += check_pools([&](const std::string& what) { fail(level, what); });
+        if (threads > 1) count += check_threads(level);
     }
     for (const std::string& level : levels()) {
         std::printf("level %s", level.c_str());
@@ -240,6 +267,7 @@ int main(int argc, char** argv) {
         std::puts(bagformer::isa_name(bagformer::best_isa()));
         return 0;
     }
+    if (argc > 2 && std::string(argv[1]) == "threads") check::threads = std::atoi(argv[2]);
     try {
         bagformer::active_isa();  // BAGFORMER_CPU_ISA may name what there is not
     } catch (const std::invalid_argument& error) {

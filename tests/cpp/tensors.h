@@ -17,6 +17,8 @@ namespace check {
 using bagformer::DType;
 using bagformer::View;
 
+inline int threads = 1;  // that every call is given
+
 class Random {
   public:
     explicit Random(uint64_t seed) : state_(seed * 0x9e3779b97f4a7c15u + 1) {}
@@ -54,13 +56,15 @@ inline int64_t bytes_of(DType dtype) {
     }
 }
 
-// Rows of `shape`'s last axis are `pad` elements apart, and elements of it `step`.
+// Rows of `shape`'s last axis are `pad` elements apart, and elements of it `step`; `lead` elements
+// lie before the first.
 struct Tensor {
     View view;
     std::vector<char> bytes;
     std::vector<double> values;  // as stored, contiguous; what the oracle reads
 
-    Tensor(DType dtype, std::vector<int64_t> shape, int64_t step = 1, int64_t pad = 0) {
+    Tensor(DType dtype, std::vector<int64_t> shape, int64_t step = 1, int64_t pad = 0,
+           int64_t lead = 0) {
         view.dtype = dtype;
         view.rank = static_cast<int>(shape.size());
         int64_t stride = step, count = 1;
@@ -72,8 +76,8 @@ struct Tensor {
             count *= shape[axis];
         }
         // exactly what is needed: a read or write past the end is seen by address sanitizers
-        bytes.resize(std::max<int64_t>(1, (count == 0 ? 1 : span()) * bytes_of(dtype)));
-        view.data = bytes.data();
+        bytes.resize(std::max<int64_t>(1, (lead + (count == 0 ? 1 : span())) * bytes_of(dtype)));
+        view.data = bytes.data() + lead * bytes_of(dtype);
         values.resize(count);
     }
     Tensor(const Tensor&) = delete;
