@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.cpp csrc/*/*.h)
-CXX_TESTS := $(wildcard tests/cpp/*.cpp tests/cpp/*.h)
+CXX_TESTS := $(wildcard tests/cpp/*.cpp tests/cpp/*.h tests/cpp/*/*/*.h)
 
 .PHONY: help demo test lint format bench clean
 help:

@@ -129,9 +129,10 @@ class BagwiseContrastiveLoss(nn.Module):
 
         Both are whole: ``gather`` plays no part here.
         """
-        if positives is not None and not torch.compiler.is_compiling():
-            first = image_to_text.t() if text_to_image is None else text_to_image
-            check_positives(positives, first.shape)
+        given = text_to_image if image_to_text is None else image_to_text.t()
+        checks = not torch.compiler.is_compiling()
+        if given is not None and positives is not None and checks:
+            check_positives(positives, (len(given), given.shape[1]))
         return contrastive_loss(
             text_to_image,
             image_to_text,

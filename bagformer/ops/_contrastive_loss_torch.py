@@ -30,10 +30,6 @@ class Inputs(NamedTuple):
         return self[:2]
 
     @property
-    def others(self) -> tuple[Tensor | None, Tensor | None, Tensor | None, float]:
-        return self[2:6]
-
-    @property
     def any_scores(self) -> Tensor:
         return next(one for one in self.scores if one is not None)
 
@@ -99,9 +95,9 @@ def _shift(bias: Tensor | None, place: int, wide: torch.dtype) -> Tensor | float
 
 def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, ``FIELDS`` of each row, and the loss's slopes by temperature and both biases."""
-    like = {"dtype": inputs.wide, "device": inputs.any_scores.device}
-    fields = torch.zeros(FIELDS, inputs.n_rows, **like)
-    loss, slopes = torch.zeros((), **like), torch.zeros(3, **like)
+    zeros, wide = inputs.any_scores.new_zeros, inputs.wide
+    fields = zeros([FIELDS, inputs.n_rows], dtype=wide)
+    loss, slopes = zeros([], dtype=wide), zeros([3], dtype=wide)
     for place, rows, value, true in inputs.directions():
         if inputs.softmax:
             _softmax(value, true, fields[:, rows])

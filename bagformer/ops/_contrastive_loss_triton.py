@@ -12,7 +12,14 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor, Tensor]:
     from bagformer.kernels.contrastive_loss import contrastive_loss_forward
 
     with on_device(inputs.any_scores):
-        return contrastive_loss_forward(*inputs.scores, *inputs.others, inputs.softmax)
+        return contrastive_loss_forward(
+            *inputs.scores,
+            inputs.positives,
+            inputs.temperature,
+            inputs.bias,
+            inputs.divisor,
+            inputs.softmax,
+        )
 
 
 def backward(
@@ -22,5 +29,13 @@ def backward(
 
     with on_device(inputs.any_scores):
         return contrastive_loss_backward(
-            grad, *inputs.scores, rows, slopes, *inputs.others, inputs.softmax
+            grad,
+            *inputs.scores,
+            rows,
+            slopes,
+            inputs.positives,
+            inputs.temperature,
+            inputs.bias,
+            inputs.divisor,
+            inputs.softmax,
         )

@@ -82,9 +82,9 @@ def explain_backend(op: str, *tensors: Tensor, backend: str = "auto") -> str:
     """Say which backend ``op`` would run on ``tensors`` with, and why.
 
     Args:
-        op: one of ``bag_pool``, ``l2_normalize``, ``maxsim``, ``maxsim_candidates`` (``maxsim`` of
-            images ``[Nt, K, P, D]``), ``maxsim_pairs``, ``maxsim_quantized``, ``maxsim_topk``,
-            ``maxsim_topk_screened``.
+        op: one of ``bag_pool``, ``contrastive_loss``, ``l2_normalize``, ``maxsim``,
+            ``maxsim_candidates`` (``maxsim`` of images ``[Nt, K, P, D]``), ``maxsim_pairs``,
+            ``maxsim_quantized``, ``maxsim_topk``, ``maxsim_topk_screened``.
         tensors: the operator's tensors; the first decides device and dtype. Given text and image,
             the line for ``triton`` also says which tiles the scoring kernel would use.
         backend: what would be passed as ``backend=``.

@@ -122,7 +122,7 @@ def test_nan_and_infinities_stand_where_autograd_has_them(device, value, objecti
 
 def test_a_row_that_begins_with_minus_infinity(device):
     """Longer than a block of columns: the running maximum is -inf when the second block comes."""
-    scores, positives, temperature, bias = world(5, 300)
+    scores, positives, _, bias = world(5, 300)
     scores[0][:, :270] = float("-inf")
     positives[:, :270], positives[:, 280] = False, True
     given = [scores[0], None], positives, torch.tensor(1.0), bias, "softmax"
