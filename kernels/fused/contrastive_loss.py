@@ -5,7 +5,9 @@ a step: the forward leaves of each row its maximum, the logarithm of its sum and
 loss, from which the backward makes every gradient again. One program adds the rows up, in a fixed
 order. No matrix but the gradients is written.
 """
-# ruff: noqa: N803 - Triton's constexpr parameters are written in capitals
+# ruff: noqa: N803, N806 - Triton's constexpr parameters are written in capitals
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,8 +21,8 @@ MOST_REGISTERS = 128  # without the cap ptxas aims at 64, with spills, for eight
 FIELDS = tl.constexpr(6)  # of a row: maximum, log of the sum, positives, loss, two slopes
 # compiled once for each form, whatever the sizes, strides and addresses
 SIZES = [
-    *("n_texts", "n_images", "text_row", "text_column", "image_row", "image_column"),
-    *("true_row", "true_column"),
+    *("n_texts", "n_images", "above", "n_rows", "text_row", "text_column", "image_row"),
+    *("image_column", "true_row", "true_column"),
 ]
 ADDRESSES = [
     *("grad", "text_to_image", "image_to_text", "positives", "temperature", "bias", "rows"),
@@ -126,9 +128,10 @@ def _logistic(x, power):
 
 @triton.jit
 def _own_rows(
-    side, first, rows, above, n_all, positives, temperature, divisor, bias, place: tl.constexpr,
+    side, first, rows, n_all, positives, temperature, divisor, bias, place: tl.constexpr,
     SOFTMAX: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
+    """Fields of ROWS rows of one matrix; ``rows`` begins with its first row's."""
     matrix, strides, true_strides, n_rows, n_columns = side
     if SOFTMAX:
         fields = _softmax_rows(
@@ -143,95 +146,81 @@ def _own_rows(
             divisor, shift, ROWS, BLOCK)  # fmt: skip
     row = first + tl.arange(0, ROWS)
     for field in tl.static_range(FIELDS):
-        tl.store(rows + field * n_all + above + row, fields[field], mask=row < n_rows)
+        tl.store(rows + field * n_all + row, fields[field], mask=row < n_rows)
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ADDRESSES)
 def contrastive_rows_kernel(
     text_to_image, image_to_text, positives, temperature, bias, rows, divisor,
-    n_texts, n_images, text_row, text_column, image_row, image_column, true_row, true_column,
+    n_texts, n_images, above, n_rows, text_row, text_column, image_row, image_column,
+    true_row, true_column,
     WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, SOFTMAX: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """Fields of ROWS rows of axis 0 of the matrix of axis 1: text_to_image's if wanted, then the
-    other's. Rows and columns of ``positives`` are texts and images."""
+    other's, whose rows come after ``above`` of the ``n_rows``. ``positives`` is ``[Nt, Ni]``."""
     first, place = tl.program_id(0) * ROWS, tl.program_id(1)
-    above = 0
-    n_all = n_images
     if WANTS_TEXT:
-        above = n_texts
-        n_all = n_texts
-        if WANTS_IMAGE:
-            n_all = n_texts + n_images
         if place == 0:
             strides, true_strides = (text_row, text_column), (true_row, true_column)
             side = text_to_image, strides, true_strides, n_texts, n_images
             _own_rows(
-                side, first, rows, 0, n_all, positives, temperature, divisor, bias, 0, SOFTMAX,
+                side, first, rows, n_rows, positives, temperature, divisor, bias, 0, SOFTMAX,
                 ROWS, BLOCK)  # fmt: skip
         place -= 1
     if WANTS_IMAGE and place == 0:
         strides, true_strides = (image_row, image_column), (true_column, true_row)
         side = image_to_text, strides, true_strides, n_images, n_texts
         _own_rows(
-            side, first, rows, above, n_all, positives, temperature, divisor, bias, 1, SOFTMAX,
+            side, first, rows + above, n_rows, positives, temperature, divisor, bias, 1, SOFTMAX,
             ROWS, BLOCK)  # fmt: skip
 
 
 @triton.jit
-def _mean(rows, field: tl.constexpr, above, n_rows, n_all, BLOCK: tl.constexpr):
-    """Mean of one field over the rows of one matrix."""
+def _mean(values, count, BLOCK: tl.constexpr):
     total = tl.zeros((BLOCK,), tl.float32)
-    for start in range(0, n_rows, BLOCK):
-        row = start + tl.arange(0, BLOCK)
-        total += tl.load(rows + field * n_all + above + row, mask=row < n_rows, other=0.0)
-    return tl.sum(total, 0) / n_rows
+    for start in range(0, count, BLOCK):
+        place = start + tl.arange(0, BLOCK)
+        total += tl.load(values + place, mask=place < count, other=0.0)
+    return tl.sum(total, 0) / count
 
 
 @triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=ADDRESSES)
 def contrastive_sum_kernel(
-    rows, temperature, loss, slopes, divisor, n_texts, n_images,
+    rows, temperature, loss, slopes, divisor, n_texts, n_images, above, n_rows,
     WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     """One program: the loss, and its slopes by temperature, first bias and second bias."""
-    shared = 1.0
-    if WANTS_TEXT and WANTS_IMAGE:
-        shared = 0.5
-    n_all = n_images
-    above = 0
-    value, slope = 0.0, 0.0
-    biases = (0.0, 0.0)
-    if WANTS_TEXT:
-        above = n_texts
-        n_all = n_texts
+    SHARE: tl.constexpr = 0.5 if WANTS_TEXT and WANTS_IMAGE else 1.0
+    for field in tl.static_range(3):
+        at = rows + (field + 3) * n_rows
+        text, image = 0.0, 0.0
+        if WANTS_TEXT:
+            text = SHARE * _mean(at, n_texts, BLOCK)
         if WANTS_IMAGE:
-            n_all = n_texts + n_images
-        value += shared * _mean(rows, 3, 0, n_texts, n_all, BLOCK)
-        slope += shared * _mean(rows, 4, 0, n_texts, n_all, BLOCK)
-        biases = (shared * _mean(rows, 5, 0, n_texts, n_all, BLOCK), 0.0)
-    if WANTS_IMAGE:
-        value += shared * _mean(rows, 3, above, n_images, n_all, BLOCK)
-        slope += shared * _mean(rows, 4, above, n_images, n_all, BLOCK)
-        biases = (biases[0], shared * _mean(rows, 5, above, n_images, n_all, BLOCK))
-    if temperature is not None:
-        divisor = tl.load(temperature).to(tl.float32)
-    tl.store(loss, value)
-    tl.store(slopes, -slope / divisor)
-    tl.store(slopes + 1, biases[0])
-    tl.store(slopes + 2, biases[1])
+            image = SHARE * _mean(at + above, n_images, BLOCK)
+        if field == 0:
+            tl.store(loss, text + image)
+        elif field == 1:
+            if temperature is not None:
+                divisor = tl.load(temperature).to(tl.float32)
+            tl.store(slopes, -(text + image) / divisor)
+        else:
+            tl.store(slopes + 1, text)
+            tl.store(slopes + 2, image)
 
 
 @triton.jit
 def _gradient_of_rows(
-    side, first, out, above, n_all, rows, positives, temperature, divisor, bias, weight,
+    side, first, out, rows, n_all, positives, temperature, divisor, bias, weight,
     place: tl.constexpr, SOFTMAX: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
     matrix, strides, true_strides, n_rows, n_columns = side
     weight /= n_rows
     row = first + tl.arange(0, ROWS)
-    best = tl.load(rows + above + row, mask=row < n_rows, other=0.0)[:, None]
-    log_total = tl.load(rows + n_all + above + row, mask=row < n_rows, other=0.0)[:, None]
-    count = tl.load(rows + 2 * n_all + above + row, mask=row < n_rows, other=1.0)[:, None]
+    best = tl.load(rows + row, mask=row < n_rows, other=0.0)[:, None]
+    log_total = tl.load(rows + n_all + row, mask=row < n_rows, other=0.0)[:, None]
+    count = tl.load(rows + 2 * n_all + row, mask=row < n_rows, other=1.0)[:, None]
     shift = 0.0
     if bias is not None:
         shift = tl.load(bias + place).to(tl.float32)
@@ -257,7 +246,8 @@ def _gradient_of_rows(
 def contrastive_gradient_kernel(
     grad, text_to_image, image_to_text, positives, temperature, bias, rows, slopes,
     grad_text_to_image, grad_image_to_text, scaled, divisor,
-    n_texts, n_images, text_row, text_column, image_row, image_column, true_row, true_column,
+    n_texts, n_images, above, n_rows, text_row, text_column, image_row, image_column,
+    true_row, true_column,
     WANTS_TEXT: tl.constexpr, WANTS_IMAGE: tl.constexpr, SOFTMAX: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
@@ -270,42 +260,45 @@ def contrastive_gradient_kernel(
         tl.store(scaled + field, weight * value, mask=field < 3)
     if WANTS_TEXT and WANTS_IMAGE:
         weight *= 0.5
-    above = 0
-    n_all = n_images
     if WANTS_TEXT:
-        above = n_texts
-        n_all = n_texts
-        if WANTS_IMAGE:
-            n_all = n_texts + n_images
         if place == 0:
             strides, true_strides = (text_row, text_column), (true_row, true_column)
             side = text_to_image, strides, true_strides, n_texts, n_images
             _gradient_of_rows(
-                side, first, grad_text_to_image, 0, n_all, rows, positives, temperature, divisor,
+                side, first, grad_text_to_image, rows, n_rows, positives, temperature, divisor,
                 bias, weight, 0, SOFTMAX, ROWS, BLOCK)  # fmt: skip
         place -= 1
     if WANTS_IMAGE and place == 0:
         strides, true_strides = (image_row, image_column), (true_column, true_row)
         side = image_to_text, strides, true_strides, n_images, n_texts
         _gradient_of_rows(
-            side, first, grad_image_to_text, above, n_all, rows, positives, temperature, divisor,
+            side, first, grad_image_to_text, rows + above, n_rows, positives, temperature, divisor,
             bias, weight, 1, SOFTMAX, ROWS, BLOCK)  # fmt: skip
 
 
-def _sizes(text_to_image: Tensor | None, image_to_text: Tensor | None) -> tuple[int, int]:
+class _Layout(NamedTuple):
+    """Numbers of texts and images, and where rows of image_to_text begin among all rows."""
+
+    n_texts: int
+    n_images: int
+    above: int
+    n_rows: int
+    grid: tuple[int, int]
+
+
+def _layout(text_to_image: Tensor | None, image_to_text: Tensor | None) -> _Layout:
     if text_to_image is not None:
-        return text_to_image.shape[0], text_to_image.shape[1]
-    assert image_to_text is not None
-    return image_to_text.shape[1], image_to_text.shape[0]
+        n_texts, n_images = text_to_image.shape
+    else:
+        assert image_to_text is not None
+        n_images, n_texts = image_to_text.shape
+    counts = n_texts * (text_to_image is not None), n_images * (image_to_text is not None)
+    grid = triton.cdiv(max(counts), ROWS), sum(count > 0 for count in counts)
+    return _Layout(n_texts, n_images, counts[0], sum(counts), grid)
 
 
 def _strides(matrix: Tensor | None) -> tuple[int, int]:
     return (0, 0) if matrix is None else (matrix.stride(0), matrix.stride(1))
-
-
-def _grid(n_texts: int, n_images: int, wants: tuple[bool, bool]) -> tuple[int, int]:
-    rows = max(n_texts * wants[0], n_images * wants[1])
-    return triton.cdiv(rows, ROWS), sum(wants)
 
 
 def contrastive_loss_forward(
@@ -326,23 +319,19 @@ def contrastive_loss_forward(
         bias: ``[2]``, added to the logits where ``softmax`` is False.
     """
     scores = (text_to_image, image_to_text)
-    n_texts, n_images = _sizes(*scores)
-    wants = text_to_image is not None, image_to_text is not None
+    *sizes, grid = _layout(*scores)
     given = next(one for one in scores if one is not None)
-    n_all = n_texts * wants[0] + n_images * wants[1]
-    rows = torch.empty(FIELDS.value, n_all, dtype=torch.float32, device=given.device)
+    rows = torch.empty(FIELDS.value, sizes[3], dtype=torch.float32, device=given.device)
     loss = torch.empty((), dtype=torch.float32, device=given.device)
     slopes = torch.empty(3, dtype=torch.float32, device=given.device)
-    grid = _grid(n_texts, n_images, wants)
-    options = {"WANTS_TEXT": wants[0], "WANTS_IMAGE": wants[1]}
+    wants = {"WANTS_TEXT": text_to_image is not None, "WANTS_IMAGE": image_to_text is not None}
     contrastive_rows_kernel[grid](
-        *scores, positives, temperature, bias, rows, divisor, n_texts, n_images,
+        *scores, positives, temperature, bias, rows, divisor, *sizes,
         *_strides(scores[0]), *_strides(scores[1]), *_strides(positives),
-        **options, SOFTMAX=softmax, ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
+        **wants, SOFTMAX=softmax, ROWS=ROWS, BLOCK=BLOCK, num_warps=4,
     )  # fmt: skip
     contrastive_sum_kernel[(1,)](
-        rows, temperature, loss, slopes, divisor, n_texts, n_images, **options, BLOCK=WIDEST_SUM,
-        num_warps=4,
+        rows, temperature, loss, slopes, divisor, *sizes, **wants, BLOCK=WIDEST_SUM, num_warps=4,
     )  # fmt: skip
     return loss, rows, slopes
 
@@ -361,19 +350,17 @@ def contrastive_loss_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor]:
     """Gradients of the matrices in their dtype, and ``slopes`` times ``grad``."""
     scores = (text_to_image, image_to_text)
-    n_texts, n_images = _sizes(*scores)
-    wants = text_to_image is not None, image_to_text is not None
+    *sizes, grid = _layout(*scores)
     found = [
         None if one is None else torch.empty(one.shape, dtype=one.dtype, device=one.device)
         for one in scores
     ]
     scaled = torch.empty_like(slopes)
-    grid = _grid(n_texts, n_images, wants)
     contrastive_gradient_kernel[grid](
-        grad, *scores, positives, temperature, bias, rows, slopes, *found, scaled, divisor,
-        n_texts, n_images,
+        grad, *scores, positives, temperature, bias, rows, slopes, *found, scaled, divisor, *sizes,
         *_strides(scores[0]), *_strides(scores[1]), *_strides(positives),
-        WANTS_TEXT=wants[0], WANTS_IMAGE=wants[1], SOFTMAX=softmax, ROWS=ROWS, BLOCK=BLOCK,
+        WANTS_TEXT=text_to_image is not None, WANTS_IMAGE=image_to_text is not None,
+        SOFTMAX=softmax, ROWS=ROWS, BLOCK=BLOCK,
         num_warps=4, maxnreg=MOST_REGISTERS,
     )  # fmt: skip
     return found[0], found[1], scaled
