@@ -26,6 +26,8 @@ OPERATIONS = {
     "pool_step": "bag_pool",
     "normalize": "l2_normalize",
     "normalize_step": "l2_normalize",
+    "loss": "contrastive_loss",
+    "loss_step": "contrastive_loss",
 }
 
 
@@ -33,7 +35,8 @@ OPERATIONS = {
 class Case:
     """``kind``: scores, step, rerank (one text, many images), ragged (texts of 3 to 10 bags in one
     padded tensor with a mask), nested (images of 100 to 257 patches), topk (the best 10 images of
-    each text), pool (tokens to bags), normalize (features of patches) and their steps. ``goals``:
+    each text), pool (tokens to bags), normalize (features of patches), loss (of scores) and their
+    steps. ``goals``:
     rival, ``matmul`` or ``peak`` to the least ratio of its time to ours or of our rate to it,
     ``memory`` to the most of einsum's extra memory, ``padding`` to the most time for what the
     tokens hold, as a multiple of its share of the padded case's. ``isa`` forces a level of our
@@ -92,6 +95,8 @@ class Case:
             return float(self.texts * self.bags * 2 * self.width)
         if self.op == "l2_normalize":
             return 3.0 * self.images * self.patches * self.width
+        if self.op == "contrastive_loss":
+            return 10.0 * self.texts**2
         pairs = int(self.bag_counts().sum()) * int(self.patch_counts().sum())
         return 2.0 * pairs * self.width
 
@@ -103,6 +108,8 @@ class Case:
             return float(size * self.texts * self.width * (2 * self.bags + self.bags))
         if self.op == "l2_normalize":
             return 2.0 * size * self.images * self.patches * self.width
+        if self.op == "contrastive_loss":
+            return 2.0 * size * self.texts**2
         tokens = int(self.bag_counts().sum()) + int(self.patch_counts().sum())
         results = 8 * self.texts * (10 if self.kind == "topk" else self.images)
         return float(size * tokens * self.width + results)

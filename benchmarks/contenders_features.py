@@ -1,7 +1,8 @@
-"""Who pools tokens into bags, and who normalises features.
+"""Who pools tokens into bags, who normalises features, and who makes a loss of scores.
 
 Pooling takes ``hidden [B, T, D]`` and ``offsets [B, N + 1]`` and gives unit bag features
-``[B, N, D]``; normalising takes ``x [Ni, P, D]`` and gives the same with unit vectors.
+``[B, N, D]``; normalising takes ``x [Ni, P, D]`` and gives the same with unit vectors; the loss
+takes the score matrices of as many texts as images, one for each direction.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from cases import Arguments, Call, Case, Contender, Op, Results, plain
 from torch import Tensor
 
-from bagformer import bag_pool, l2_normalize, reference
+from bagformer import bag_pool, contrastive_loss, l2_normalize, reference
 
 unit = torch.nn.functional.normalize
 
@@ -99,4 +100,33 @@ NORMALIZE = Op(
         Contender("functional_normalize", plain(lambda x: (unit(x, dim=-1),))),
         Contender("compiled_normalize", _compiled),
     ),
+)
+
+
+def _matrices(case: Case) -> Arguments:
+    maker = torch.Generator().manual_seed(0)
+    return tuple(5 * torch.randn(case.texts, case.texts, generator=maker) for _ in range(2))
+
+
+def _cross_entropy(text_to_image: Tensor, image_to_text: Tensor) -> Results:
+    target = torch.arange(len(text_to_image))
+    each = [
+        torch.nn.functional.cross_entropy(one, target) for one in (text_to_image, image_to_text)
+    ]
+    return (sum(each) / 2,)
+
+
+def _compiled_loss(case: Case) -> Call | str:
+    return torch.compile(_cross_entropy, dynamic=False)
+
+
+LOSS = Op(
+    _matrices,
+    lambda *scores: (reference.contrastive_loss(scores, torch.eye(len(scores[0])).bool()),),
+    (
+        Contender("ours", plain(lambda *scores: (contrastive_loss(*scores),))),
+        Contender("cross_entropy", plain(_cross_entropy)),
+        Contender("compiled_loss", _compiled_loss),
+    ),
+    leaves=2,
 )

@@ -18,7 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PLOTS = ROOT / "benchmarks" / "results", ROOT / "docs" / "plots"
 COLOURS = {"ours": "#1b7837", "seed_loops": "#999999", "einsum": "#4393c3"}
 COLOURS |= {"compiled_einsum": "#92c5de", "per_image_matmul": "#d6604d"}
-OPERATIONS = {"maxsim": "o", "maxsim_topk": "s", "bag_pool": "^", "l2_normalize": "v"}
+OPERATIONS = {
+    "maxsim": "o",
+    "maxsim_topk": "s",
+    "bag_pool": "^",
+    "l2_normalize": "v",
+    "contrastive_loss": "D",
+}
 
 
 def _bars(axes: Any, result: dict[str, Any], value: str, label: str) -> None:

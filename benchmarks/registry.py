@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from cases import Case, Op
 from contenders import MAXSIM, TOPK
-from contenders_features import NORMALIZE, POOL
+from contenders_features import LOSS, NORMALIZE, POOL
 
 OPS: dict[str, Op] = {
     "maxsim": MAXSIM,
     "maxsim_topk": TOPK,
     "bag_pool": POOL,
     "l2_normalize": NORMALIZE,
+    "contrastive_loss": LOSS,
 }
 
 STEP = (("einsum", 2.5), ("memory", 0.05))
@@ -44,4 +45,6 @@ CASES = (
     Case("l2_normalize, 64 images", "normalize", 1, 64, 256, "float32"),
     Case("l2_normalize, 64 images, step", "normalize_step", 1, 64, 256, "float32"),
     Case("l2_normalize, 64 images", "normalize", 1, 64, 256, "bfloat16"),
+    Case("loss of 1,024 x 1,024", "loss", 1024, 1024, 1, "float32"),
+    Case("loss of 1,024 x 1,024, step", "loss_step", 1024, 1024, 1, "float32"),
 )

@@ -59,6 +59,7 @@ RIVALS = {
     "maxsim_topk": {"seed_loops", "einsum", "maxsim_then_topk"},
     "bag_pool": {"seed_loops", "index_add", "segment_reduce"},
     "l2_normalize": {"functional_normalize"},
+    "contrastive_loss": {"cross_entropy"},
 }
 
 
