@@ -17,7 +17,7 @@ from bagformer.ops._checks import (
     check_no_transform,
     check_tensor,
 )
-from bagformer.ops._contrastive_loss_torch import FIELDS, Inputs
+from bagformer.ops._contrastive_loss_torch import Inputs
 from bagformer.ops._library import define, differentiate, dims
 from bagformer.ops.backend import BACKENDS, choose_backend
 
@@ -27,17 +27,33 @@ _ARGUMENTS = (
 )
 
 
-def _rooms(inputs: Inputs, backend: str) -> Any:
+FIELDS = 6  # that the GPU kernels leave of each row
+
+
+def _on_gpu(inputs: Inputs, backend: str) -> bool:
     first = inputs.any_scores
-    chosen = choose_backend("contrastive_loss", first.device, first.dtype, backend).backend
-    # a matrix of scores is small beside what made it: a CPU needs no kernel of its own
-    return _contrastive_loss_triton if chosen == "triton" else _contrastive_loss_torch
+    return choose_backend("contrastive_loss", first.device, first.dtype, backend)[0] == "triton"
+
+
+def _left(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor]:
+    """Unwritten room for what the forward leaves: of each row, and slopes by the numbers.
+
+    PyTorch leaves nothing: it works out a softmax again sooner than three numbers of each row.
+    """
+    rows = sum(len(one) for one in inputs.scores if one is not None)
+    kernels = _on_gpu(inputs, backend)
+    sizes = ([FIELDS, rows], [3]) if kernels else ([0, 0], [0])
+    new = inputs.any_scores.new_empty
+    return new(sizes[0], dtype=inputs.wide), new(sizes[1], dtype=inputs.wide)
 
 
 def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *given, backend = arguments
     inputs = Inputs(*given)
-    return _rooms(inputs, backend).forward(inputs)
+    if _on_gpu(inputs, backend):
+        return _contrastive_loss_triton.forward(inputs)
+    # a matrix of scores is small beside what made it: a CPU needs no kernel of its own
+    return _contrastive_loss_torch.forward(inputs), *_left(inputs, backend)
 
 
 def _run_backward(
@@ -45,25 +61,32 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     *given, backend = arguments
     inputs = Inputs(*given)
-    first, second, scaled = _rooms(inputs, backend).backward(grad, inputs, rows, slopes)
+    if not _on_gpu(inputs, backend):
+        first, second, scaled = _contrastive_loss_torch.backward(grad, inputs)
+    elif rows.numel():
+        first, second, scaled = _contrastive_loss_triton.backward(grad, inputs, rows, slopes)
+    else:
+        raise ValueError(
+            "rows must be those that the forward of backend 'triton' left, got an empty tensor: "
+            "the backend has changed between forward and backward"
+        )
     none = inputs.any_scores.new_empty(0, 0)
     return none if first is None else first, none if second is None else second, scaled
 
 
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    inputs = Inputs(*arguments[:-1])
-    new, wide = inputs.any_scores.new_empty, inputs.wide
-    return new([], dtype=wide), new([FIELDS, inputs.n_rows], dtype=wide), new([3], dtype=wide)
+    *given, backend = arguments
+    inputs = Inputs(*given)
+    return inputs.any_scores.new_empty([], dtype=inputs.wide), *_left(inputs, backend)
 
 
 def _fake_backward(
     grad: Tensor, rows: Tensor, slopes: Tensor, *arguments: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     inputs = Inputs(*arguments[:-1])
-    first, second = (
-        inputs.any_scores.new_empty([0, 0] if one is None else one.shape) for one in inputs.scores
-    )
-    return first, second, slopes.new_empty(slopes.shape)
+    new = inputs.any_scores.new_empty
+    first, second = (new([0, 0] if one is None else one.shape) for one in inputs.scores)
+    return first, second, new([3], dtype=inputs.wide)
 
 
 def _setup_context(ctx: Any, inputs: tuple, output: tuple) -> None:
