@@ -93,7 +93,7 @@ def _slope(inputs: Inputs, place: int, value: Tensor, true: Tensor | None) -> Te
         logit = value + inputs.shift(place)
         # of a good positive, 1 minus a sigmoid would be no digit
         return torch.where(_given(true, value), -(-logit).sigmoid(), logit.sigmoid())
-    slope = value.log_softmax(dim=1).exp_()
+    slope = value.softmax(dim=1)
     if true is None:
         slope.diagonal().sub_(1.0)
         return slope
