@@ -67,6 +67,10 @@ def test_the_operator_keeps_the_rules_of_operators(objective):
     leaves, positives, temperature, bias = world(3, 4, objective=objective)
     arguments = (*leaves, positives, temperature, bias, 1.0, objective, "auto")
     torch.library.opcheck(torch.ops.bagformer.contrastive_loss.default, arguments)
+    # as of CLS tokens: one matrix and its transpose
+    square = torch.randn(4, 4, requires_grad=True)
+    arguments = (square, square.t(), None, None, None, 0.07, objective, "auto")
+    torch.library.opcheck(torch.ops.bagformer.contrastive_loss.default, arguments)
     assert torch.autograd.gradcheck(
         lambda *x: contrastive_loss(
             *x[:2], positives=positives, temperature=x[2], bias=bias, objective=objective

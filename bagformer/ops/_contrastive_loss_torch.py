@@ -111,5 +111,6 @@ def backward(grad: Tensor, inputs: Inputs) -> tuple[Tensor | None, Tensor | None
             slopes[0] -= (slope * value).sum() * scale / divisor
         if inputs.bias is not None:
             slopes[1 + place] = slope.sum() * scale
-        found[place] = slope.mul_(scale / divisor).to(inputs.any_scores.dtype)
+        # rows one after the other, as the operator says, also of a transposed matrix
+        found[place] = slope.mul_(scale / divisor).to(inputs.any_scores.dtype).contiguous()
     return found[0], found[1], slopes
