@@ -71,6 +71,21 @@ def test_the_operator_keeps_the_rules_of_operators(objective):
     square = torch.randn(4, 4, requires_grad=True)
     arguments = (square, square.t(), None, None, None, 0.07, objective, "auto")
     torch.library.opcheck(torch.ops.bagformer.contrastive_loss.default, arguments)
+    op, true = torch.ops.bagformer.contrastive_loss, torch.rand(4, 4).t() > 0.5
+    arguments = (
+        square.detach().t(),
+        square.detach().t(),
+        true,
+        None,
+        None,
+        0.07,
+        objective,
+        "auto",
+    )
+    grads = torch.ops.bagformer.contrastive_loss_backward(
+        torch.ones(()), *op(*arguments)[1:], *arguments
+    )
+    assert grads[0].is_contiguous() and grads[1].is_contiguous()
     assert torch.autograd.gradcheck(
         lambda *x: contrastive_loss(
             *x[:2], positives=positives, temperature=x[2], bias=bias, objective=objective
