@@ -155,6 +155,59 @@ def test_compiles_whole_and_once(objective):
     )
 
 
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_batches_of_any_size_share_a_graph(objective):
+    graphs = []
+
+    def counting(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    def loss(scores):
+        return contrastive_loss(scores * 2, scores.t() * 2, objective=objective)
+
+    torch.compiler.reset()
+    compiled = torch.compile(loss, dynamic=True, fullgraph=True, backend=counting)
+    for size in (5, 6, 7, 11):
+        scores = torch.randn(size, size)
+        torch.testing.assert_close(compiled(scores), loss(scores))
+    assert len(graphs) == 1
+
+
+class _Loss(torch.nn.Module):
+    def forward(self, scores):
+        return contrastive_loss(scores, scores.t())
+
+
+def test_exports_with_a_size_of_its_own():
+    size = torch.export.Dim("size", min=2)
+    made = torch.export.export(_Loss(), (torch.randn(5, 5),), dynamic_shapes=({0: size, 1: size},))
+    scores = torch.randn(9, 9)
+    torch.testing.assert_close(made.module()(scores), _Loss()(scores))
+
+
+@pytest.mark.parametrize("name", ["temperature", "bias"])
+def test_what_the_numbers_cannot_do_is_said(name):
+    def loss(number):
+        given = {"temperature": torch.tensor(0.3), "bias": torch.zeros(2), name: number}
+        return contrastive_loss(torch.eye(3), None, objective="sigmoid", **given)
+
+    number = torch.tensor(0.3) if name == "temperature" else torch.ones(2)
+    with pytest.raises(RuntimeError, match=f"{name} carries a forward-mode tangent"):
+        torch.func.jvp(loss, (number,), (torch.ones_like(number),))
+    with pytest.raises(RuntimeError, match=f"{name} is differentiated by torch.func"):
+        torch.func.grad(loss)(number)
+
+
+def test_a_row_without_a_positive_is_nan_in_loss_and_gradient():
+    scores = torch.randn(3, 4, requires_grad=True)
+    positives = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]]).bool()
+    loss = contrastive_loss(scores, None, positives=positives)
+    loss.backward()
+    assert loss.isnan()
+    assert scores.grad.isnan().all(dim=1).tolist() == [False, True, False]
+
+
 def test_differentiable_once():
     leaves, positives, *_ = world()
     loss = contrastive_loss(*leaves, positives=positives)
@@ -179,6 +232,7 @@ BAD = [
     ({"positives": SQUARE}, TypeError, "positives must be bool, got torch.float32"),
     ({"positives": SQUARE[:2] > 0}, ValueError, r"positives must be \[3, 3\], got \[2, 3\]"),
     ({"temperature": 0.0}, ValueError, "temperature must be a number above 0, got 0.0"),
+    ({"temperature": 10**400}, ValueError, "temperature must be a number above 0, got 1000"),
     ({"temperature": True}, ValueError, "temperature must be a number above 0, got True"),
     ({"temperature": torch.ones(1)}, ValueError, r"temperature must be a float tensor \[\]"),
     ({"bias": torch.zeros(2)}, ValueError, "bias: a softmax does not change"),

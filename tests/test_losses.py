@@ -89,6 +89,16 @@ def test_the_papers_loss_is_two_cross_entropies_on_the_diagonal():
     torch.testing.assert_close(loss, truth)
 
 
+def test_scores_that_are_none_are_named():
+    loss, square = BagwiseContrastiveLoss(), torch.zeros(2, 2)
+    with pytest.raises(ValueError, match=r"image_to_text must be a matrix .*got \[2, 2, 2\]"):
+        loss.from_scores(square, torch.zeros(2, 2, 2), None)
+    with pytest.raises(ValueError, match=r"image_to_text must be \[3, 2\] .*got \[4, 2\]"):
+        loss.from_scores(torch.zeros(2, 3), torch.zeros(4, 2), torch.ones(2, 3).bool())
+    with pytest.raises(TypeError, match=r"image_to_text must be a torch\.Tensor, got list"):
+        loss.from_scores(square, [1], square > -1)
+
+
 def test_a_nan_feature_makes_the_loss_nan():
     text, image, *_ = features(dtype=torch.float32)
     text = text.detach().clone()

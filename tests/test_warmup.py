@@ -156,6 +156,7 @@ def loss_of(scores, positives, directions):
     temperature, bias = empty(dtype=FP32), empty(2, dtype=FP32)
     forms = [(t2i, i2t, positives, temperature, None, 1.0, "softmax")]
     forms += [(t2i, i2t, positives, temperature, bias, 1.0, "sigmoid")]
+    forms += [(t2i, i2t, positives, None, bias, 1.0, "sigmoid")]
     if directions == "both":
         forms += [(t2i, t2i.t(), positives, None, None, 0.07, "softmax")]
     for form in forms:

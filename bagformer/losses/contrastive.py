@@ -15,7 +15,7 @@ from bagformer.losses.objectives import (
     check_positives,
     positives_from_ids,
 )
-from bagformer.ops.contrastive_loss import contrastive_loss
+from bagformer.ops.contrastive_loss import check_scores, contrastive_loss
 from bagformer.ops.maxsim import maxsim
 from bagformer.reference import DIRECTIONS, MASK_MODES, OBJECTIVES, REDUCTIONS
 
@@ -129,10 +129,8 @@ class BagwiseContrastiveLoss(nn.Module):
 
         Both are whole: ``gather`` plays no part here.
         """
-        given = text_to_image if image_to_text is None else image_to_text.t()
-        checks = not torch.compiler.is_compiling()
-        if given is not None and positives is not None and checks:
-            check_positives(positives, (len(given), given.shape[1]))
+        if positives is not None and not torch.compiler.is_compiling():
+            check_positives(positives, check_scores(text_to_image, image_to_text)[1])
         return contrastive_loss(
             text_to_image,
             image_to_text,

@@ -1,4 +1,4 @@
-"""The contrastive loss in plain PyTorch, on any device: a matrix of scores is small."""
+"""The contrastive loss in plain PyTorch: a matrix of scores is small."""
 
 from __future__ import annotations
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import math
+import numbers
+import sys
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ _ARGUMENTS = (
 )
 
 
+LARGEST = sys.float_info.max
 FIELDS = 6  # that the GPU kernels leave of each row
 
 
@@ -40,7 +42,8 @@ def _left(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor]:
 
     PyTorch leaves nothing: it works out a softmax again sooner than three numbers of each row.
     """
-    rows = sum(len(one) for one in inputs.scores if one is not None)
+    # shape, not len: a symbolic size stays one under torch.compile
+    rows = sum(one.shape[0] for one in inputs.scores if one is not None)
     kernels = _on_gpu(inputs, backend)
     sizes = ([FIELDS, rows], [3]) if kernels else ([0, 0], [0])
     new = inputs.any_scores.new_empty
@@ -140,8 +143,8 @@ define(
 differentiate("contrastive_loss", _backward, _setup_context)
 
 
-def _check_scores(text_to_image: Any, image_to_text: Any) -> tuple[Tensor, tuple[int, int]]:
-    """One of the matrices, and numbers of texts and images."""
+def check_scores(text_to_image: Any, image_to_text: Any) -> tuple[Tensor, tuple[int, int]]:
+    """One of the matrices, and numbers of texts and images; raises what is wrong with them."""
     given = [
         (name, one)
         for name, one in (("text_to_image", text_to_image), ("image_to_text", image_to_text))
@@ -203,6 +206,8 @@ def _check_number(name: str, value: Any, shape: tuple[int, ...], device: torch.d
         )
     if value.device != device:
         raise ValueError(f"{name} must be on {device}, got {value.device}")
+    check_no_tangent(name, value)
+    check_no_transform(name, value)
 
 
 def contrastive_loss(
@@ -220,14 +225,14 @@ def contrastive_loss(
     Logits are scores over ``temperature``. ``softmax``: a row's loss is the mean over its positives
     of -log softmax, cross-entropy. ``sigmoid``: the sum over its columns of -log sigmoid(z logit),
     z = 1 for a positive and -1 for any other pair, where ``bias`` of the direction is added to the
-    logits. The mean over rows, then over directions. Nothing but the gradients is as large as the
-    scores: the backward makes every slope again from three numbers of each row.
+    logits. The mean over rows, then over directions. Nothing as large as the scores is kept for the
+    backward but the scores themselves.
 
     Args:
         text_to_image: ``[Nt, Ni]`` or None; ``image_to_text`` ``[Ni, Nt]`` or None; not both None.
             float32, bfloat16, float16 or float64, any strides.
         positives: bool ``[Nt, Ni]``; None: text b belongs to image b alone. A row without one has
-            the loss NaN.
+            NaN for its loss and its gradients.
         temperature: a positive number, or a tensor ``[]`` that may want a gradient; None: 1.
         bias: float ``[2]`` for text_to_image and image_to_text; ``sigmoid`` alone has one.
         objective: ``"softmax"`` or ``"sigmoid"``.
@@ -241,7 +246,7 @@ def contrastive_loss(
     Raises:
         TypeError, ValueError: what an argument is, and what was expected.
     """
-    first, sizes = _check_scores(text_to_image, image_to_text)
+    first, sizes = check_scores(text_to_image, image_to_text)
     _check_positives(positives, sizes, first.device)
     check_choice("objective", objective, reference.OBJECTIVES)
     check_choice("backend", backend, ("auto", *BACKENDS))
@@ -250,8 +255,8 @@ def contrastive_loss(
         _check_number("temperature", temperature, (), first.device)
         given = temperature
     elif temperature is not None:
-        number = isinstance(temperature, (int, float)) and not isinstance(temperature, bool)
-        if not number or not 0 < temperature < math.inf:
+        number = isinstance(temperature, numbers.Real) and not isinstance(temperature, bool)
+        if not number or not 0 < temperature <= LARGEST:
             raise ValueError(f"temperature must be a number above 0, got {temperature!r}")
         divisor = float(temperature)
     if bias is not None:

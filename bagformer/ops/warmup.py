@@ -175,8 +175,8 @@ def _run_loss(device: torch.device, options: Options) -> None:
     wanted = scores if options.wants_text else None, scores if options.wants_image else None
     true = torch.ones(1, 1, dtype=torch.bool, device=device)
     one, bias = scores[0, 0], scores[0].expand(2)
-    for positives, (temperature, shift, objective) in itertools.product(
-        (None, true), ((None, None, "softmax"), (one, None, "softmax"), (one, bias, "sigmoid"))
+    for positives, (temperature, (shift, objective)) in itertools.product(
+        (None, true), itertools.product((None, one), ((None, "softmax"), (bias, "sigmoid")))
     ):
         inputs = LossInputs(*wanted, positives, temperature, shift, 1.0, objective)
         _, *left = _contrastive_loss_triton.forward(inputs)

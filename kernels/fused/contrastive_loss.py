@@ -161,14 +161,15 @@ def contrastive_rows_kernel(
     other's, whose rows come after ``above`` of the ``n_rows``. ``positives`` is ``[Nt, Ni]``."""
     first, place = tl.program_id(0) * ROWS, tl.program_id(1)
     if WANTS_TEXT:
-        if place == 0:
+        # the smaller matrix has fewer rows than there are programs
+        if (place == 0) & (first < n_texts):
             strides, true_strides = (text_row, text_column), (true_row, true_column)
             side = text_to_image, strides, true_strides, n_texts, n_images
             _own_rows(
                 side, first, rows, n_rows, positives, temperature, divisor, bias, 0, SOFTMAX,
                 ROWS, BLOCK)  # fmt: skip
         place -= 1
-    if WANTS_IMAGE and place == 0:
+    if WANTS_IMAGE and (place == 0) & (first < n_images):
         strides, true_strides = (image_row, image_column), (true_column, true_row)
         side = image_to_text, strides, true_strides, n_images, n_texts
         _own_rows(
@@ -231,7 +232,8 @@ def _gradient_of_rows(
             matrix, first, start, n_rows, n_columns, strides, true_strides, positives, None,
             divisor, ROWS, BLOCK)  # fmt: skip
         if SOFTMAX:
-            slope = tl.exp((value - best) - log_total) - tl.where(true, 1.0 / count, 0.0)
+            # without a positive NaN, as the loss is
+            slope = tl.exp((value - best) - log_total) - tl.where(true, 1.0 / count, 0.0 / count)
         else:
             logit = value + shift
             wrong = tl.where(true, -logit, logit)
@@ -261,14 +263,15 @@ def contrastive_gradient_kernel(
     if WANTS_TEXT and WANTS_IMAGE:
         weight *= 0.5
     if WANTS_TEXT:
-        if place == 0:
+        # the smaller matrix has fewer rows than there are programs
+        if (place == 0) & (first < n_texts):
             strides, true_strides = (text_row, text_column), (true_row, true_column)
             side = text_to_image, strides, true_strides, n_texts, n_images
             _gradient_of_rows(
                 side, first, grad_text_to_image, rows, n_rows, positives, temperature, divisor,
                 bias, weight, 0, SOFTMAX, ROWS, BLOCK)  # fmt: skip
         place -= 1
-    if WANTS_IMAGE and place == 0:
+    if WANTS_IMAGE and (place == 0) & (first < n_images):
         strides, true_strides = (image_row, image_column), (true_column, true_row)
         side = image_to_text, strides, true_strides, n_images, n_texts
         _gradient_of_rows(

@@ -1,8 +1,8 @@
 """Indices of maxima that are NaN: the first NaN, as ``torch.max`` gives.
 
 Keeping NaN in mind would cost the scoring loop two more comparisons for each similarity. A NaN
-maximum shows in its pair's score, so a program that has all its scores reads them back, and works
-only where one is NaN.
+maximum shows in its pair's score, so a program that has all its scores reads them back, and where
+one is NaN looks over all its pairs again.
 """
 # ruff: noqa: N803 - Triton's constexpr parameters are written in capitals
 

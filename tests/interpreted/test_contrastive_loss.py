@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bagformer.kernels import contrastive_loss as kernels
 from bagformer.kernels.contrastive_loss import contrastive_loss_backward, contrastive_loss_forward
 from support.judging import judge
 
 from bagformer import reference
+from bagformer.ops import contrastive_loss as ops
 from bagformer.ops.contrastive_loss import contrastive_loss
 
 OBJECTIVES = reference.OBJECTIVES
@@ -146,6 +148,19 @@ def test_a_good_pair_s_loss_has_its_digits(device, objective, margin):
     torch.testing.assert_close(found[0].double(), truth[0], rtol=1e-4, atol=0)
     negatives = ~true.to(device)
     torch.testing.assert_close(found[1].double()[negatives], truth[1][negatives], rtol=5e-6, atol=0)
+
+
+def test_a_row_without_a_positive_is_nan_in_loss_and_gradient(device):
+    scores = torch.randn(3, 4, device=device, requires_grad=True)
+    positives = torch.tensor([[1, 0, 0, 0], [0, 0, 0, 0], [0, 0, 1, 1]], device=device).bool()
+    loss = contrastive_loss(scores, None, positives=positives, backend="triton")
+    loss.backward()
+    assert loss.isnan()
+    assert scores.grad.isnan().all(dim=1).tolist() == [False, True, False]
+
+
+def test_the_room_for_rows_is_what_the_kernels_leave():
+    assert kernels.FIELDS.value == ops.FIELDS
 
 
 def test_the_same_bits_every_time(device):
