@@ -186,7 +186,8 @@ def test_score_names_broken_pictures_or_counts_them(run, place, tmp_path):
     assert code == 0
     assert result["skipped"] == {"unknown format": 1, "broken image": 1}
     assert [entry["image"] for entry in result["texts"][0]["ranking"]] == ["b.png"]
-    assert "left out" in err
+    assert result["left_out"] == ["a.jpg (unknown format)", "c.png (broken image)"]
+    assert "left out" in err and "c.png (broken image)" in err
     good.unlink()
     world.fails_with_one_line(
         run(*options, "--skip-errors"), 2, "score", "none of them could be read"

@@ -138,9 +138,9 @@ def test_own_pictures_without_known_relevance(place, demo, tmp_path):
     assert "recall: not measured" in out and "红色|<|毛衣|>" in out
     report = world.read_json(tmp_path / "out" / "demo.json")
     page = (tmp_path / "out" / "demo.html").read_text(encoding="utf-8")
-    assert "of the 1 query with" in report["about"]["rule"] and ">-0.00<" not in page
+    assert "2 of the 2 queries with" in report["about"]["rule"] and ">-0.00<" not in page
     assert report["recall"] is None and report["first_relevant_ranks"] is None
-    assert [query["text"] for query in report["queries"]] == ["红色<毛衣>"]
+    assert [query["text"] for query in report["queries"]] == ["红色<毛衣>", "背包"]
     assert "&lt;" in page and "<毛衣" not in page
     assert all(not entry["relevant"] for entry in report["queries"][0]["top"])
     assert "Not measured" in page and sorted(
@@ -149,6 +149,13 @@ def test_own_pictures_without_known_relevance(place, demo, tmp_path):
         "demo.html",
         "demo.json",
     ]
+
+
+def test_a_table_of_queries_is_refused(place, demo, tmp_path):
+    queries = tmp_path / "q.csv"
+    queries.write_text("id,text\n1,背包\n", encoding="utf-8")
+    result = demo("--images", place.pictures, "--queries", queries)
+    world.fails_with_one_line(result, 2, "demo", "--queries: expected a .txt, one a line, or a")
 
 
 def test_item_ids_may_be_file_names(place, demo, tmp_path):

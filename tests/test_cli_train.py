@@ -52,6 +52,10 @@ def test_dry_run_prints_the_resolved_configuration(run, write):
     assert code == 0 and json.loads(out)["batch_size"] == 6
 
 
+def test_a_configuration_that_is_not_there_is_named(run):
+    fails_with_one_line(run("train", "no.yaml"), 2, "train", "CONFIG: there is no file no.yaml")
+
+
 @pytest.mark.parametrize(
     "changes,arguments,message",
     [

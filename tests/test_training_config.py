@@ -75,6 +75,7 @@ def test_defaults_and_a_round_trip(write):
     "text,changes,message",
     [
         ("epohcs: 3\n", [], "c.yaml:6: epohcs: unknown key, the nearest known one is 'epochs'"),
+        ("lr: 1\n", [], "c.yaml:6: lr: unknown key, the nearest known one is 'optim.lr'"),
         ("optim:\n  rl: 1\n", [], "c.yaml:7: optim.rl: unknown key, the nearest known one is 'lr'"),
         ("optim: 3\n", [], "c.yaml:6: optim: expected keys and values, got 3"),
         ("batch_size: many\n", [], "c.yaml:6: batch_size: expected a whole number, got 'many'"),

@@ -109,6 +109,8 @@ def read_inputs(args: argparse.Namespace) -> Inputs:
         path, sources = args.queries, args.images
         name = " ".join(map(str, sources))
     gallery = Gallery(sources, args.skip_errors)
+    if path.suffix in (".csv", ".tsv", ".json", ".xlsx"):
+        raise CommandError(f"--queries: expected a .txt, one a line, or a .jsonl, got {path}")
     if path.suffix != ".jsonl":
         texts, wanted = _read_lines(path), None
         skipped: Counter[str] = Counter()

@@ -78,7 +78,9 @@ def _spread(numbers: Sequence[int], count: int) -> list[int]:
 
 def _choose(bags: Sequence[Sequence[str]], ranks: Any, n_shown: int) -> tuple[list[int], str]:
     """Which queries the page shows, and the rule that chose them."""
-    least = 2 if any(len(names) >= 2 for names in bags) else 1
+    # a map of one bag explains little: left out, but not where there is room for all
+    room = sum(len(names) >= 1 for names in bags) <= n_shown
+    least = 2 if not room and any(len(names) >= 2 for names in bags) else 1
     fit = [number for number, names in enumerate(bags) if len(names) >= least]
     queries = words.counted(len(fit), "query", "queries")
     what = f"the {queries} with {'two bags or more' if least == 2 else 'a bag'}"
@@ -280,6 +282,7 @@ def build_report(run: Run, n_shown: int) -> tuple[dict[str, Any], list[dict[str,
         "queries": [figures for figures, _ in shown],
         "first_relevant_ranks": (truth.ranks + 1).tolist() if truth else None,
         "skipped": dict(run.inputs.gallery.skipped + run.inputs.skipped),
+        "left_out": run.inputs.gallery.left_out,
         "facts": _facts(run),
     }
     return report, [pictures for _, pictures in shown]

@@ -35,7 +35,8 @@ def _natural(path: Path) -> list[Any]:
 class Gallery:
     """Pictures in a fixed order; broken ones raise CommandError, or are left out and counted.
 
-    ``keys`` are the ids of a tsv or the file names, ``skipped`` the counts of what was left out.
+    ``keys`` are the ids of a tsv or the file names, ``skipped`` the counts of what was left out and
+    ``left_out`` the names.
     The keys of broken pictures leave ``keys`` when :meth:`pictures` has been read through.
     ``transparency`` says how they become RGB; set it to what the model's protocol asks for.
     """
@@ -45,6 +46,7 @@ class Gallery:
     def __init__(self, paths: Sequence[Path], skip_errors: bool = False) -> None:
         self._skip = skip_errors
         self.skipped: Counter[str] = Counter()
+        self.left_out: list[str] = []
         self._table: MugeImages | None = None
         self.files: dict[Any, Path] = {}
         if len(paths) == 1 and paths[0].suffix == ".tsv":
@@ -75,6 +77,7 @@ class Gallery:
                 self.files[str(path)] = path
             elif self._skip:
                 self.skipped["missing file"] += 1
+                self.left_out.append(f"{path} (missing file)")
             else:
                 raise CommandError(f"--images: there is no {path}")
 
@@ -106,6 +109,7 @@ class Gallery:
                 if not self._skip:
                     raise
                 self.skipped[error.reason] += 1
+                self.left_out.append(f"{key} ({error.reason})")
                 continue
             good.append(key)
             yield picture

@@ -211,5 +211,5 @@ def run(args: argparse.Namespace) -> int:
         note(args, f"bagformer demo: {truncated} queries were cut off at {limit} tokens")
     skipped = report["skipped"]
     if skipped:
-        note(args, f"bagformer demo: left out {skipped}")
+        note(args, f"bagformer demo: left out {skipped} {' '.join(report['left_out'])}")
     return 0

@@ -109,6 +109,7 @@ def score(args: argparse.Namespace, texts: list[str]) -> dict[str, Any]:
             for row, key in enumerate(gallery.keys)
         ],
         "skipped": dict(gallery.skipped),
+        "left_out": gallery.left_out,
     }
 
 
@@ -135,5 +136,5 @@ def run(args: argparse.Namespace) -> int:
     else:
         _print_table(result)
     if result["skipped"]:
-        note(args, f"bagformer score: left out {result['skipped']}")
+        note(args, f"bagformer score: left out {result['skipped']} {' '.join(result['left_out'])}")
     return 0

@@ -50,6 +50,8 @@ def _print(result: dict[str, Any]) -> None:
 def run(args: argparse.Namespace) -> int:
     from bagformer.training.config_file import dump, load, to_dict
 
+    if not args.config.is_file():
+        raise CommandError(f"CONFIG: there is no file {args.config}")
     config, remarks = load(args.config, args.changes)
     first = int(os.environ.get("RANK", 0)) == 0
     for remark in remarks if first else ():

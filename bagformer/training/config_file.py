@@ -18,6 +18,16 @@ from bagformer.data.yaml12 import Loader
 from bagformer.training import original_config
 from bagformer.training.config import ConfigError, TrainConfig, problems
 
+
+def _sections_with(key: str, hints: dict[str, Any]) -> list[str]:
+    """``optim.lr`` for ``lr``: keys of that name which stand one level deeper."""
+    return [
+        f"{section}.{key}"
+        for section, kind in hints.items()
+        if dataclasses.is_dataclass(kind) and key in typing.get_type_hints(kind)
+    ]
+
+
 Places = dict[tuple[str, ...], str]
 
 
@@ -96,7 +106,8 @@ class _Builder:
         hints = typing.get_type_hints(kind)
         for key in tree:
             if key not in hints:
-                near = get_close_matches(str(key), hints, n=1, cutoff=0.0)
+                near = _sections_with(str(key), hints)
+                near += get_close_matches(str(key), hints, n=1, cutoff=0.0)
                 self.fail((*path, str(key)), f"unknown key, the nearest known one is {near[0]!r}")
         values = {key: self.convert(hints[key], value, (*path, key)) for key, value in tree.items()}
         return kind(**values)
