@@ -163,6 +163,13 @@ def test_score_ranks_both_ways_as_the_reference_does(run, place):
     assert result["skipped"] == {}
 
 
+def test_own_pictures_with_the_shipped_model_come_with_a_remark(run, place):
+    code, out, err = run("score", "背包", "--images", place.pictures)
+    assert code == 0 and out and "the shipped model knows drawings of icons only" in err
+    _, _, err = run("score", "背包", "--images", place.pictures, "--model", place.model)
+    assert err == ""
+
+
 def test_score_prints_a_table(run, place):
     code, out, _ = run(
         "score", "--model", place.model, "背包", "红色靴子", "--images", place.images, "--top", 2

@@ -68,6 +68,14 @@ def note(args: Any, message: str) -> None:
         print(message, file=sys.stderr)
 
 
+def note_shipped_model(args: Any) -> None:
+    """Pictures of one's own without --model: what the ranking is worth."""
+    if args.model is None:
+        note(
+            args, f"bagformer {args.verb}: the shipped model knows drawings of icons only (--model)"
+        )
+
+
 def working(args: Any, message: str) -> None:
     """Tell someone who sits at a terminal what takes its time."""
     if not args.quiet and sys.stderr.isatty():

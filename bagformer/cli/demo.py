@@ -26,6 +26,7 @@ from bagformer.cli._common import (
     load_model,
     load_processor,
     note,
+    note_shipped_model,
     positive,
     print_json,
     set_threads,
@@ -212,4 +213,6 @@ def run(args: argparse.Namespace) -> int:
     skipped = report["skipped"]
     if skipped:
         note(args, f"bagformer demo: left out {skipped} {' '.join(report['left_out'])}")
+    if args.images is not None:
+        note_shipped_model(args)
     return 0

@@ -23,6 +23,7 @@ from bagformer.cli._common import (
     load_model,
     load_processor,
     note,
+    note_shipped_model,
     positive,
     print_json,
     set_threads,
@@ -137,4 +138,5 @@ def run(args: argparse.Namespace) -> int:
         _print_table(result)
     if result["skipped"]:
         note(args, f"bagformer score: left out {result['skipped']} {' '.join(result['left_out'])}")
+    note_shipped_model(args)
     return 0
