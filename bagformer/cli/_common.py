@@ -68,6 +68,13 @@ def note(args: Any, message: str) -> None:
         print(message, file=sys.stderr)
 
 
+def note_left_out(args: Any, report: dict[str, Any]) -> None:
+    """What --skip-errors left out: how many of each kind, and which."""
+    if report["skipped"]:
+        names = " ".join(report["left_out"])
+        note(args, f"bagformer {args.verb}: left out {report['skipped']} {names}")
+
+
 def note_shipped_model(args: Any) -> None:
     """Pictures of one's own without --model: what the ranking is worth."""
     if args.model is None:

@@ -26,6 +26,7 @@ from bagformer.cli._common import (
     load_model,
     load_processor,
     note,
+    note_left_out,
     note_shipped_model,
     positive,
     print_json,
@@ -210,9 +211,7 @@ def run(args: argparse.Namespace) -> int:
     if truncated:
         limit = processor.max_text_length
         note(args, f"bagformer demo: {truncated} queries were cut off at {limit} tokens")
-    skipped = report["skipped"]
-    if skipped:
-        note(args, f"bagformer demo: left out {skipped} {' '.join(report['left_out'])}")
+    note_left_out(args, report)
     if args.images is not None:
         note_shipped_model(args)
     return 0

@@ -22,7 +22,7 @@ from bagformer.cli._common import (
     barred,
     load_model,
     load_processor,
-    note,
+    note_left_out,
     note_shipped_model,
     positive,
     print_json,
@@ -136,7 +136,6 @@ def run(args: argparse.Namespace) -> int:
         print_json(result)
     else:
         _print_table(result)
-    if result["skipped"]:
-        note(args, f"bagformer score: left out {result['skipped']} {' '.join(result['left_out'])}")
+    note_left_out(args, result)
     note_shipped_model(args)
     return 0

@@ -37,14 +37,13 @@ def _on_gpu(inputs: Inputs, backend: str) -> bool:
     return choose_backend("contrastive_loss", first.device, first.dtype, backend)[0] == "triton"
 
 
-def _left(inputs: Inputs, backend: str) -> tuple[Tensor, Tensor]:
+def _left(inputs: Inputs, kernels: bool) -> tuple[Tensor, Tensor]:
     """Unwritten room for what the forward leaves: of each row, and slopes by the numbers.
 
     PyTorch leaves nothing: it works out a softmax again sooner than three numbers of each row.
     """
     # shape, not len: a symbolic size stays one under torch.compile
     rows = sum(one.shape[0] for one in inputs.scores if one is not None)
-    kernels = _on_gpu(inputs, backend)
     sizes = ([FIELDS, rows], [3]) if kernels else ([0, 0], [0])
     new = inputs.any_scores.new_empty
     return new(sizes[0], dtype=inputs.wide), new(sizes[1], dtype=inputs.wide)
@@ -56,7 +55,7 @@ def _run(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     if _on_gpu(inputs, backend):
         return _contrastive_loss_triton.forward(inputs)
     # a matrix of scores is small beside what made it: a CPU needs no kernel of its own
-    return _contrastive_loss_torch.forward(inputs), *_left(inputs, backend)
+    return _contrastive_loss_torch.forward(inputs), *_left(inputs, False)
 
 
 def _run_backward(
@@ -80,7 +79,8 @@ def _run_backward(
 def _fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     *given, backend = arguments
     inputs = Inputs(*given)
-    return inputs.any_scores.new_empty([], dtype=inputs.wide), *_left(inputs, backend)
+    loss = inputs.any_scores.new_empty([], dtype=inputs.wide)
+    return loss, *_left(inputs, _on_gpu(inputs, backend))
 
 
 def _fake_backward(

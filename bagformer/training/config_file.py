@@ -18,16 +18,6 @@ from bagformer.data.yaml12 import Loader
 from bagformer.training import original_config
 from bagformer.training.config import ConfigError, TrainConfig, problems
 
-
-def _sections_with(key: str, hints: dict[str, Any]) -> list[str]:
-    """``optim.lr`` for ``lr``: keys of that name which stand one level deeper."""
-    return [
-        f"{section}.{key}"
-        for section, kind in hints.items()
-        if dataclasses.is_dataclass(kind) and key in typing.get_type_hints(kind)
-    ]
-
-
 Places = dict[tuple[str, ...], str]
 
 
@@ -89,6 +79,15 @@ def _where(places: Places, path: tuple[str, ...], name: str) -> str:
     while path and path not in places:
         path = path[:-1]
     return places.get(path, name)
+
+
+def _sections_with(key: str, hints: dict[str, Any]) -> list[str]:
+    """``optim.lr`` for ``lr``: keys of that name which stand one level deeper."""
+    return [
+        f"{section}.{key}"
+        for section, kind in hints.items()
+        if dataclasses.is_dataclass(kind) and key in typing.get_type_hints(kind)
+    ]
 
 
 class _Builder:
